@@ -1,0 +1,54 @@
+"""Write README.md from nbs/index.ipynb (nbdev's own command for it needs Quarto, which is no Python package).
+
+    python tools/make_readme.py           write README.md and its pictures in nbs/images/
+    python tools/make_readme.py --check   change nothing; exit 1 if they are not what the notebook makes
+
+The directives `hide`, `echo: false` and `output: false` do what they do in nbdev's own pages.
+"""
+import argparse, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = 'nbs/images'
+HEAD = '<!-- made from nbs/index.ipynb by tools/make_readme.py: edit the notebook -->\n\n'
+
+def render():
+    "`{path from the root: bytes}` of README.md and the pictures in it"
+    from execnb.nbio import nb2dict, read_nb
+    from nbconvert import MarkdownExporter
+    from nbdev.process import extract_directives
+    from nbformat import from_dict
+    nb = read_nb(ROOT/'nbs'/'index.ipynb')
+    cells = []
+    for cell in nb.cells:
+        flags = extract_directives(cell, remove=True) if cell.cell_type == 'code' else {}
+        if cell.cell_type == 'raw' or 'hide' in flags: continue
+        if flags.get('output:', [''])[0].lower() == 'false': cell.outputs = []
+        if flags.get('echo:', [''])[0].lower() == 'false': cell.source = ''
+        if cell.cell_type == 'code':
+            for out in cell.outputs: out.get('data', {}).pop('text/html', None)   # GitHub shows the plain form as it stands
+            if 'image/png' not in str(cell.outputs) and not cell.source and not cell.outputs: continue
+        cells.append(cell)
+    nb.cells = cells
+    body, resources = MarkdownExporter().from_notebook_node(
+        from_dict(nb2dict(nb)), resources={'output_files_dir': PICTURES, 'unique_key': 'readme'})
+    body = body.replace('```python\n\n```\n', '').replace('](images/', f']({PICTURES}/')
+    for name in ('png',): body = body.replace(f'![{name}](', '![](')
+    while '\n\n\n' in body: body = body.replace('\n\n\n', '\n\n')
+    return {'README.md': (HEAD + body.strip() + '\n').encode(), **resources['outputs']}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true')
+    args = parser.parse_args()
+    files = render()
+    stale = [name for name, data in files.items() if not (ROOT/name).exists() or (ROOT/name).read_bytes() != data]
+    if args.check:
+        if stale: sys.exit(f"not what nbs/index.ipynb makes: {', '.join(stale)}; run python tools/make_readme.py")
+        return
+    for name in stale:
+        (ROOT/name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT/name).write_bytes(files[name])
+    print(f"wrote {', '.join(stale) or 'nothing, all was in place'}")
+
+if __name__ == '__main__': main()
