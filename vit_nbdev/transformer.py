@@ -297,7 +297,7 @@ class TokenEmbedding(nn.Module):
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}, but the vocabulary has n_tokens={n_tokens}: 0 ... {n_tokens - 1}")
         return self.drop(self.tokens(ids)*dim**0.5 + self.positions[start:end])
 
-# %% ../nbs/01_transformer.ipynb #5f6fd293
+# %% ../nbs/01_transformer.ipynb #c7121fc6
 class Transformer(nn.Module):
     "Encoder and decoder, from a sequence of tokens to another one (Vaswani 2017)"
     def __init__(self,
@@ -354,8 +354,8 @@ class Transformer(nn.Module):
         use_cache: bool = True  # keep keys and values of the tokens so far? Faster, and the same tokens
     ) -> Tensor:                # ids `(b n)`, `n <= max_len`: without `start`, up to `end`, then `pad`
         "Take the likeliest token again and again, until every row has ended"
-        if not 1 <= max_len <= (longest := len(self.tgt_embed.positions)):
-            raise ValueError(f"max_len={max_len} must lie between 1 and {longest}, the number of positions")
+        n = len(self.tgt_embed.positions)
+        if not 1 <= max_len <= n: raise ValueError(f"max_len={max_len} must lie between 1 and {n}, the number of positions")
         if self.training: raise RuntimeError("the model is in training mode, where dropout changes its answers: call eval() first")
         memory, mask = self.encode(src)
         tokens, ended = src.new_full((len(src), 1), self.start), torch.zeros_like(src[:, 0], dtype=torch.bool)
