@@ -1,0 +1,73 @@
+"""Models that are right, each with an input: `diagnose` must raise no alarm above a note about any of them.
+
+`HEALTHY` maps a name to a function that returns (model, input); `None` for the input means three-channel images of `size`.
+The weights are random and the models are cut down in depth, so that all of them together take about a minute.
+"""
+import importlib.util
+
+import torch
+from torch import nn
+
+def images(size, channels=3): return torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 3, 1, 2])
+
+def torchvision_model(name, size=64, **kw):
+    import torchvision
+    return getattr(torchvision.models, name)(weights=None, **kw), images(size)
+
+def torchvision_vit():
+    "vit_b_16's own class and width, three layers deep, for 64 pixels"
+    from torchvision.models import VisionTransformer
+    return VisionTransformer(64, 16, 3, 12, 768, 3072), images(64)
+
+def timm_model(name, size=64, **kw):
+    import timm
+    return timm.create_model(name, pretrained=False, **kw), images(size)
+
+def transformers_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    config = ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=32,
+                       patch_size=8, num_labels=10)
+    return ViTForImageClassification(config), images(32)
+
+def vit_pytorch_model(name):
+    import vit_pytorch
+    model = getattr(vit_pytorch, name)(image_size=32, patch_size=8, num_classes=10, dim=64, depth=3, heads=4, mlp_dim=128)
+    return model, images(32)
+
+def torch_encoder():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    return nn.TransformerEncoder(layer, 3), torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1))
+
+def our_vit(**kw):
+    from vit_nbdev.vit import ViT
+    return ViT(img_size=32, patch_size=8, n_classes=10, dim=64, depth=3, n_heads=4, **kw), images(32)
+
+HEALTHY = {
+    'torch TransformerEncoder': torch_encoder,
+    'torchvision vit_b_16': torchvision_vit,
+    'torchvision swin_t': lambda: torchvision_model('swin_t'),
+    'torchvision convnext_tiny': lambda: torchvision_model('convnext_tiny'),
+    'torchvision resnet18': lambda: torchvision_model('resnet18'),
+    'timm vit': lambda: timm_model('vit_tiny_patch16_224', img_size=64, depth=3),
+    'timm deit, distilled': lambda: timm_model('deit_tiny_distilled_patch16_224', img_size=64, depth=3),
+    'timm deit3': lambda: timm_model('deit3_small_patch16_224', img_size=64, depth=3),
+    'timm cait': lambda: timm_model('cait_xxs24_224', img_size=64, depth=3),
+    'timm swin': lambda: timm_model('swin_tiny_patch4_window7_224', img_size=64, window_size=4, depths=(2, 2, 2, 2)),
+    'timm swinv2': lambda: timm_model('swinv2_tiny_window8_256', img_size=64, window_size=4, depths=(2, 2, 2, 2)),
+    'timm mixer': lambda: timm_model('mixer_s32_224', img_size=64),
+    'timm xcit': lambda: timm_model('xcit_nano_12_p16_224', img_size=64, depth=3),
+    'timm beit': lambda: timm_model('beit_base_patch16_224', img_size=64, depth=3, embed_dim=192, num_heads=3),
+    'timm eva02': lambda: timm_model('eva02_tiny_patch14_224', size=56, img_size=56, depth=3),
+    'timm convnext': lambda: timm_model('convnext_atto'),
+    'transformers ViT': transformers_vit,
+    'vit-pytorch ViT': lambda: vit_pytorch_model('ViT'),
+    'vit-pytorch SimpleViT': lambda: vit_pytorch_model('SimpleViT'),
+}
+PACKAGES = {'torch': 'torch', 'torchvision': 'torchvision', 'timm': 'timm', 'transformers': 'transformers', 'vit-pytorch': 'vit_pytorch',
+            'vit_nbdev': 'vit_nbdev'}
+
+def missing(name):
+    "The package that this model needs and that is not installed, or None"
+    package = PACKAGES[name.split()[0]]
+    return None if importlib.util.find_spec(package) else package
