@@ -1,7 +1,7 @@
 """Models that are right, each with an input: `diagnose` must raise no alarm above a note about any of them.
 
-`HEALTHY` maps a name to a function that returns (model, input); `None` for the input means three-channel images of `size`.
-The weights are random and the models are cut down in depth, so that all of them together take about a minute.
+`HEALTHY` maps a name, whose first word is a package, to a function that returns (model, input). The weights are
+random, and the models are cut down in depth, so that all of them together take about a minute.
 """
 import importlib.util
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 def images(size, channels=3): return torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(1))
-LABELS = torch.tensor([0, 3, 1, 2])
+def labels(x): return torch.tensor([0, 3, 1, 2]) if torch.is_tensor(x) and x.ndim == 4 else None   # for images
 
 def torchvision_model(name, size=64, **kw):
     import torchvision
@@ -32,16 +32,21 @@ def transformers_vit():
 
 def vit_pytorch_model(name):
     import vit_pytorch
-    model = getattr(vit_pytorch, name)(image_size=32, patch_size=8, num_classes=10, dim=64, depth=3, heads=4, mlp_dim=128)
-    return model, images(32)
+    model = getattr(vit_pytorch, name)
+    return model(image_size=32, patch_size=8, num_classes=10, dim=64, depth=3, heads=4, mlp_dim=128), images(32)
 
 def torch_encoder():
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     return nn.TransformerEncoder(layer, 3), torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1))
 
 def our_vit(**kw):
-    from vit_nbdev.vit import ViT
-    return ViT(img_size=32, patch_size=8, n_classes=10, dim=64, depth=3, n_heads=4, **kw), images(32)
+    from vit_nbdev.vit import ViT, ViTConfig
+    return ViT(ViTConfig(img_size=32, patch_size=8, n_classes=10, dim=64, depth=3, n_heads=4, **kw)), images(32)
+
+def our_transformer():
+    from vit_nbdev.transformer import Transformer
+    ids = torch.randint(3, 11, (2, 4, 9), generator=torch.Generator().manual_seed(1))
+    return Transformer(11, 11, dim=32, depth=2, n_heads=4), tuple(ids)
 
 HEALTHY = {
     'torch TransformerEncoder': torch_encoder,
@@ -57,17 +62,17 @@ HEALTHY = {
     'timm swinv2': lambda: timm_model('swinv2_tiny_window8_256', img_size=64, window_size=4, depths=(2, 2, 2, 2)),
     'timm mixer': lambda: timm_model('mixer_s32_224', img_size=64),
     'timm xcit': lambda: timm_model('xcit_nano_12_p16_224', img_size=64, depth=3),
-    'timm beit': lambda: timm_model('beit_base_patch16_224', img_size=64, depth=3, embed_dim=192, num_heads=3),
+    'timm beit': lambda: timm_model('beit_base_patch16_224', img_size=64, depth=2, embed_dim=192, num_heads=3),
     'timm eva02': lambda: timm_model('eva02_tiny_patch14_224', size=56, img_size=56, depth=3),
     'timm convnext': lambda: timm_model('convnext_atto'),
     'transformers ViT': transformers_vit,
     'vit-pytorch ViT': lambda: vit_pytorch_model('ViT'),
     'vit-pytorch SimpleViT': lambda: vit_pytorch_model('SimpleViT'),
+    'vit_nbdev ViT': our_vit,
+    'vit_nbdev ViT, mean pool': lambda: our_vit(pool='mean', dropout=.1, drop_path=.1),
+    'vit_nbdev Transformer': our_transformer,
 }
-PACKAGES = {'torch': 'torch', 'torchvision': 'torchvision', 'timm': 'timm', 'transformers': 'transformers', 'vit-pytorch': 'vit_pytorch',
-            'vit_nbdev': 'vit_nbdev'}
-
 def missing(name):
     "The package that this model needs and that is not installed, or None"
-    package = PACKAGES[name.split()[0]]
+    package = name.split()[0].replace('-', '_')
     return None if importlib.util.find_spec(package) else package

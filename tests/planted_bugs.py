@@ -1,6 +1,6 @@
-"""A catalogue of planted bugs: small models, each wrong in one way, with the check that must find it and the module it must name.
+"""A catalogue of planted bugs: small models, each wrong in one way, and the check that must find it, and where.
 
-`CATALOGUE` is a list of `Bug`. Most of them are one right model, `ViT` or `Decoder` below, with one part replaced by a wrong one.
+`CATALOGUE` is a list of `Bug`. Most are a right model, `ViT` or `Decoder`, with one part replaced by a wrong one.
 """
 import math
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from torch import nn
 DIM, HEADS, CLASSES = 32, 4, 5
 
 # ---- the right model -------------------------------------------------------------------------------------------------
+
+def lower(scores): return torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
 
 class Attention(nn.Module):
     "Multi-head self-attention, in steps that a bug can replace one by one"
@@ -27,7 +29,7 @@ class Attention(nn.Module):
     def scale(self, q): return q.shape[-1]**-.5
     def mask(self, scores):
         if not self.causal: return scores
-        return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+        return scores.masked_fill(~lower(scores), -torch.inf)
     def weights(self, scores): return self.mask(scores).softmax(-1)
     def attend(self, q, k, v): return self.weights(q @ k.transpose(-2, -1) * self.scale(q)) @ v
     def forward(self, x):
@@ -38,7 +40,8 @@ class MLP(nn.Module):
     "Feed-forward layer"
     def __init__(self, dim=DIM):
         super().__init__()
-        self.fc1, self.act, self.drop, self.fc2 = nn.Linear(dim, 2*dim), nn.GELU(), nn.Dropout(.1), nn.Linear(2*dim, dim)
+        self.fc1, self.act = nn.Linear(dim, 2*dim), nn.GELU()
+        self.drop, self.fc2 = nn.Dropout(.1), nn.Linear(2*dim, dim)
     def forward(self, x): return self.fc2(self.drop(self.act(self.fc1(x))))
 
 class Block(nn.Module):
@@ -71,7 +74,7 @@ class ClassToken(nn.Module):
     def forward(self, x): return x[:, 0]
 
 class ViT(nn.Module):
-    "A small Vision Transformer, right unless a part is replaced; the bug sits in block `at`"
+    "A small Vision Transformer, right unless a part is replaced"
     def __init__(self, attn=Attention, mlp=MLP, embed=Embed, pool=Pool, block=Block, head=nn.Linear, depth=2):
         super().__init__()
         self.embed = embed()
@@ -103,7 +106,7 @@ class Decoder(nn.Module):
 
 class PaddedEncoder(nn.Module):
     "Tokens (b n) and keep (b n), False at padding -> logits; the mean is taken over the real tokens"
-    def __init__(self, encoder=True):
+    def __init__(self):
         super().__init__()
         self.embed, self.pos = nn.Embedding(11, DIM), Positions()
         self.layer = nn.TransformerEncoderLayer(DIM, HEADS, 2*DIM, batch_first=True)
@@ -115,7 +118,9 @@ class PaddedEncoder(nn.Module):
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
-def images(): return dict(x=torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)), y=torch.tensor([0, 3, 1, 2]))
+def images():
+    x = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    return dict(x=x, y=torch.tensor([0, 3, 1, 2]))
 def token_ids(): return dict(x=torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(1)))
 def tokens(): return dict(x=torch.randn(4, 9, DIM, generator=torch.Generator().manual_seed(1)))
 def causal_ids(): return token_ids() | dict(causal=True)
@@ -133,7 +138,9 @@ class TorchAttention(nn.MultiheadAttention):
 class DetachedQK(TorchAttention):
     "The article's cure, on a rightly built attention"
     def __init__(self): super().__init__(batch_first=True)
-    def forward(self, x): return nn.MultiheadAttention.forward(self, x.clone().detach(), x.clone().detach(), x, need_weights=False)[0]
+    def forward(self, x):
+        y = x.clone().detach()
+        return nn.MultiheadAttention.forward(self, y, y, x, need_weights=False)[0]
 
 class ReshapedForTorch(nn.Module):
     "(n b d) is what torch's attention wants, and a reshape gives that shape"
@@ -169,7 +176,9 @@ class SoftmaxOverHeads(Attention):
 
 class ScaledAfter(Attention):
     "The article's own attention: softmax first, then the division, by the root of the whole width"
-    def attend(self, q, k, v): return torch.einsum('bhal,bhlv->bhav', F.softmax(torch.einsum('bhqd,bhkd->bhqk', q, k), dim=-1)/DIM**.5, v)
+    def attend(self, q, k, v):
+        weights = F.softmax(torch.einsum('bhqd,bhkd->bhqk', q, k), dim=-1) / DIM**.5
+        return torch.einsum('bhqk,bhkd->bhqd', weights, v)
 
 class ScaledByWidth(Attention):
     def scale(self, q): return DIM**-.5
@@ -181,24 +190,24 @@ class ScaledTwice(Attention):
     def attend(self, q, k, v): return F.scaled_dot_product_attention(q*self.scale(q), k, v)
 
 class MaskedAfter(Attention):
-    def weights(self, scores): return scores.softmax(-1) * torch.ones(scores.shape[-2:]).tril()
+    def weights(self, scores): return scores.softmax(-1) * lower(scores)
 
 class MaskDropped(Attention):
     "masked_fill returns a copy, which nobody takes"
     def mask(self, scores):
-        scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), torch.finfo(scores.dtype).min)
+        scores.masked_fill(~lower(scores), torch.finfo(scores.dtype).min)
         return scores
 
 class MaskInverted(Attention):
-    def mask(self, scores):
-        return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), torch.finfo(scores.dtype).min)
+    def mask(self, scores): return scores.masked_fill(lower(scores), torch.finfo(scores.dtype).min)
 
 class MaskInvertedInf(Attention):
     "The last query sees no key at all, and the softmax of nothing is NaN"
-    def mask(self, scores): return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    def mask(self, scores): return scores.masked_fill(lower(scores), -torch.inf)
 
 class MaskOneTooFar(Attention):
-    def mask(self, scores): return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(1), -torch.inf)
+    def mask(self, scores):
+        return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(1), -torch.inf)
 
 class DataSoftmax(Attention):
     "A softmax by hand that normalises behind autograd's back"
@@ -391,10 +400,13 @@ def black(): return images() | dict(x=images()['x'] * (torch.arange(16) > 7))
 
 CATALOGUE = [
     Bug('batch_first forgotten, mean over the tokens', 'batch', 'blocks.0.attn', in_vit(attn=TorchAttention), images),
-    Bug('batch_first forgotten, class token', 'batch', 'blocks.0.attn', in_vit(attn=TorchAttention, pool=ClassToken), images),
-    Bug('batch_first forgotten, class token (what it does)', 'reach', 'pool', in_vit(attn=TorchAttention, pool=ClassToken), images),
+    Bug('batch_first forgotten, class token', 'batch', 'blocks.0.attn',
+        in_vit(attn=TorchAttention, pool=ClassToken), images),
+    Bug('batch_first forgotten, class token (what it does)', 'reach', 'pool',
+        in_vit(attn=TorchAttention, pool=ClassToken), images),
     Bug('nn.TransformerEncoder without batch_first', 'batch', 'layers.0.self_attn',
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, DIM), 2, enable_nested_tensor=False), tokens),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, DIM), 2, enable_nested_tensor=False),
+        tokens),
     Bug('reshape to (n b d) for a transpose', 'batch', 'blocks.0.attn', in_vit(attn=ReshapedForTorch), images),
     Bug('heads split by view(b, h, n, d)', 'attention', 'blocks.0.attn', in_vit(attn=SplitByView), images),
     Bug('heads merged without the transpose', 'attention', 'blocks.0.attn', in_vit(attn=MergedByView), images),

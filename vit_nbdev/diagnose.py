@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'CHECKS', 'Finding', 'Report', 'tensors', 'map_tensors', 'first_output', 'undisturbed', 'watched', 'differs',
-           'far', 'Call', 'Watch', 'first_bad', 'is_content', 'other', 'jitter', 'Runner', 'Probe', 'check_finite',
-           'check_inplace', 'check_repeat', 'apart', 'mixing', 'check_batch', 'check_batch_size',
-           'check_training_batch', 'check_mask', 'Product', 'Attention', 'Tags', 'Tape', 'check_attention', 'gap',
-           'check_gradient', 'check_reach', 'check_parameters', 'check_positions', 'Calm', 'check_modes', 'check_loss',
-           'check_overfit', 'diagnose', 'NotHealthy', 'diagnose_callback']
+           'far', 'Watch', 'first_bad', 'is_content', 'other', 'jitter', 'Probe', 'check_finite', 'check_inplace',
+           'check_repeat', 'apart', 'mixing', 'check_batch', 'check_batch_size', 'check_training_batch', 'check_mask',
+           'Tape', 'check_attention', 'gap', 'check_gradient', 'check_reach', 'check_parameters', 'check_positions',
+           'Calm', 'check_modes', 'check_loss', 'check_overfit', 'diagnose', 'NotHealthy', 'diagnose_callback']
 
 # %% ../nbs/07_diagnose.ipynb #49b94729
 import math, warnings
@@ -149,7 +148,7 @@ def far(
 
 # %% ../nbs/07_diagnose.ipynb #5fad9eb6
 @dataclass(eq=False)
-class Call:
+class _Call:
     "One run of one module: what went in and what came out, or masks of where it differs from another run"
     name: str        # dotted name of the module
     module: nn.Module
@@ -172,7 +171,7 @@ class Watch:
         i = len(self.started)
         if self.base is None: given = map_tensors(lambda t: t.detach().clone(), given)
         ins = tensors(given) if self.base is None else self.keep(given, 'ins', i)
-        self.started.append(Call(name, module, given if self.base is None else (), ins, []))
+        self.started.append(_Call(name, module, given if self.base is None else (), ins, []))
         self.open.append(i)
 
     def leave(self, out):
@@ -258,7 +257,7 @@ def jitter(
     return p.detach() + torch.randn_like(p) * (0.1*size if size > 1e-3 else 0.1)
 
 # %% ../nbs/07_diagnose.ipynb #9584eb23
-class Runner:
+class _Runner:
     "How `Probe` runs its model: undisturbed, on other inputs, and compared with a base run"
     def run(self, x=None, state=None, watch=None, raw=False, **mode):
         "The output for `x` with the parameters in `state` (default: the jittered ones), in eval mode unless asked"
@@ -284,7 +283,7 @@ class Runner:
         return map_tensors(lambda t: other(t, pick) if fits(t) else t, self.x)
 
 # %% ../nbs/07_diagnose.ipynb #60870f80
-class Probe(Runner):
+class Probe(_Runner):
     "A model and a small batch, run as often as the checks need and left exactly as they were"
     def __init__(self,
         model,          # any `nn.Module`
@@ -374,8 +373,9 @@ def apart(
     a, # bool, where a tensor changes with one image
     b  # bool, where it changes with another one
 ) -> bool:
-    "Is there an axis along which the two images keep to different places?"
-    return not (a.any() and b.any()) or any(not (_along(a, i) & _along(b, i)).any() for i in range(a.ndim))
+    "Is there an axis along which the two images keep to different places? (A single number, such as a loss, may mix.)"
+    if a.ndim == 0 or not (a.any() and b.any()): return True
+    return any(not (_along(a, i) & _along(b, i)).any() for i in range(a.ndim))
 
 def mixing(
     p,         # `Probe`
@@ -495,7 +495,7 @@ def check_mask(
 
 # %% ../nbs/07_diagnose.ipynb #90b2220a
 @dataclass(eq=False)
-class Product:
+class _Product:
     "Queries times keys, on the way to a softmax"
     q: Tensor     # (l n k)
     k: Tensor     # (l k m)
@@ -504,9 +504,9 @@ class Product:
     since: float = 1. # the part of `factor` that came after q and k met
 
 @dataclass(eq=False)
-class Attention:
+class _Attention:
     "A softmax, what it was given and what its weights were used for"
-    product: Product  # or None
+    product: _Product # or None
     name: str         # module that computed the softmax
     axis: int         # of the softmax, counted from the end
     peak: float       # largest weight of a query, mean
@@ -516,7 +516,7 @@ class Attention:
     across: bool = False # do the weights sum to 1 along another axis?
 
 # %% ../nbs/07_diagnose.ipynb #96ed8b2b
-class Tags(TorchDispatchMode):
+class _Tags(TorchDispatchMode):
     "Follows q k to its softmax and the weights to the values, by tags on the memory that they lie in"
     def __init__(self, learned=(), inject=None):
         super().__init__()
@@ -531,34 +531,34 @@ class Tags(TorchDispatchMode):
         for a in args[:2] if op == 'mul' else args[1:2]:
             if not isinstance(a, Tensor) or a.numel() == 1 and a.data_ptr() not in self.learned: number = float(a)
         if op == 'div': number = 1/number if number else math.nan
-        if isinstance(tag, Product): return replace(tag, factor=tag.factor*number, since=tag.since*number)
-        if isinstance(tag, Attention): return tag
+        if isinstance(tag, _Product): return replace(tag, factor=tag.factor*number, since=tag.since*number)
+        if isinstance(tag, _Attention): return tag
         return None if math.isnan(number) else (tag or 1.)*number
 
     def softmaxed(self, out, axis, tag):
         w = out.float().movedim(axis, -1)
         top, low = (w.amax(-1), w.amin(-1)) if w.numel() else (w, w)
-        product, axis = tag if isinstance(tag, Product) else None, axis - out.ndim*(axis >= 0)
+        product, axis = tag if isinstance(tag, _Product) else None, axis - out.ndim*(axis >= 0)
         spread = ((top - low)*w.shape[-1]).mean().item()
-        self.found.append(Attention(product, self.open[-1], axis, top.mean().item(), spread))
+        self.found.append(_Attention(product, self.open[-1], axis, top.mean().item(), spread))
         return self.found[-1]
 
 # %% ../nbs/07_diagnose.ipynb #c751bea1
-class Tape(Tags):
+class Tape(_Tags):
     "Sees every operation of a run, below autograd"
     KEEP = {'add', 'sub', 'masked_fill', 'where', 'clone', '_to_copy', 'clamp', 'clamp_min', 'maximum'}  # pass tags on
 
     def multiplied(self, a, b, tag_a, tag_b, alpha, out):
         if {a.data_ptr(), b.data_ptr()} & self.learned: return None   # a linear layer
         for w, axis, tag in ((a, -1, tag_a), (b, -2, tag_b)):
-            if not isinstance(tag, Attention): continue
+            if not isinstance(tag, _Attention): continue
             total, queries = w.float().sum(axis).flatten(), -3 - axis
             tag.user, tag.total = self.open[-1], total[((total - 1).abs()*(total != 0)).argmax()].item()
             tag.across = tag.axis < -2 or bool(((w.float().sum(queries) - 1).abs() < .01).all())
             if self.inject is not None and out.shape[queries] > self.inject: out.select(queries, self.inject).add_(1)
             return None
-        number = lambda tag: tag if isinstance(tag, float) else tag.since if isinstance(tag, Product) else 1.
-        return Product(a, b, number(tag_a)*number(tag_b)*alpha, self.open[-1])
+        number = lambda tag: tag if isinstance(tag, float) else tag.since if isinstance(tag, _Product) else 1.
+        return _Product(a, b, number(tag_a)*number(tag_b)*alpha, self.open[-1])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op, given, kwargs = func.overloadpacket.__name__.rstrip('_'), tensors(args), kwargs or {}
@@ -834,6 +834,7 @@ def check_positions(
 ) -> list: # of `Finding`
     "Positions without effect: patches or tokens change places and nothing else happens"
     if p.mask is not None or not p.content or p.content[0].ndim < 2: return []
+    if torch.finfo(p.out.dtype).eps > 1e-6: return []     # half precision: rounding hides too much
     x = p.content[0]
     usual = (p.run(p.replaced(p.rows(*range(p.size)))) - p.out).abs().max().item()    # what other content does
     for move in _rearranged(x):
@@ -906,10 +907,10 @@ def check_overfit(
     p,       # `Probe`
     steps=60 # at most; it ends as soon as the loss is low enough
 ) -> list: # of `Finding`
-    "Two examples that cannot be learnt by heart, with steps after Polyak (Introduction to Optimization, 1987)"
+    "Two examples that cannot be learnt by heart (RMSprop's direction, and steps after Polyak, 1987)"
     if p.y is None or p.loss_func is None: return []
     rows, state = slice(0, 2), {n: t.clone().requires_grad_(n in p.trained) for n, t in p.true.items()}
-    leaves, labels, losses = [state[n] for n in p.trained], p.y[rows], []
+    leaves, labels, losses, size = [state[n] for n in p.trained], p.y[rows], [], {}
     two = labels.ndim == 1 and not labels.is_floating_point() and len(labels.unique()) == 2
     for _ in range(steps):
         loss = _training_loss(p, state, rows)[1]
@@ -917,11 +918,12 @@ def check_overfit(
         goal = .5*math.log(2) if two else .5*losses[0]
         if losses[-1] < goal: return []
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else []
-        size = sum(g.double().pow(2).sum().item() for g in grads if g is not None)
-        if not size: break
+        pairs = [(t, g) for t, g in zip(leaves, grads) if g is not None and g.any()]
+        if not pairs: break
+        for t, g in pairs: size[t] = .9*size.get(t, 0) + .1*g.pow(2)
+        slope = sum((g*g/(size[t].sqrt() + 1e-8)).sum().item() for t, g in pairs)
         with torch.no_grad():
-            for t, g in zip(leaves, grads):
-                if g is not None: t -= g*(losses[-1]/size)
+            for t, g in pairs: t -= g/(size[t].sqrt() + 1e-8) * (losses[-1]/slope)
     detail = f'is the lowest loss on two examples in {len(losses)} steps, from {losses[0]:.3g}; goal {goal:.3g}'
     return [Finding('overfit', 'warning', '', min(losses), detail,
                     'Is the output bounded, constant, or cut off from the parameters?')]

@@ -1,0 +1,201 @@
+"Diagnose: planted bugs are found where they are, right models raise no alarm, nothing is left behind"
+import subprocess, sys
+
+import pytest
+import torch
+from torch import nn
+
+import healthy_models
+import planted_bugs as bugs
+from vit_nbdev.diagnose import CHECKS, Probe, diagnose
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Many small operations: a second thread costs more than it gives"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+def worse_than_notes(report): return [(f.check, f.module, f.detail) for f in report if f.severity != 'note']
+
+# ---- sick and healthy ----
+
+@pytest.mark.parametrize('bug', bugs.CATALOGUE, ids=lambda b: b.name)
+def test_planted_bug_is_found_and_its_module_named(bug):
+    assert (bug.check, bug.module) in [f[:2] for f in worse_than_notes(diagnose(bug.make(), **bug.given(), show=False))]
+
+def test_the_catalogue_uses_every_check():
+    assert {b.check for b in bugs.CATALOGUE} == set(CHECKS) and len(bugs.CATALOGUE) >= 25
+
+RIGHT = {'ViT': (bugs.ViT, bugs.images), 'ViT, class token': (bugs.in_vit(pool=bugs.ClassToken), bugs.images),
+         'ViT, torch attention': (bugs.in_vit(attn=lambda: bugs.TorchAttention(batch_first=True)), bugs.images),
+         'Decoder': (bugs.Decoder, bugs.causal_ids), 'PaddedEncoder': (bugs.PaddedEncoder, bugs.padded_ids),
+         'WithPositions': (lambda: bugs.WithPositions(bugs.Positions), bugs.tokens)}
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('name', RIGHT)
+def test_the_models_behind_the_catalogue_are_right(name, seed):
+    torch.manual_seed(seed)
+    make, given = RIGHT[name]
+    assert worse_than_notes(diagnose(make(), **given(), show=False)) == []
+
+@pytest.mark.parametrize('name', healthy_models.HEALTHY)
+def test_healthy_model_raises_no_alarm(name):
+    if package := healthy_models.missing(name): pytest.skip(f'{package} is not installed')
+    model, x = healthy_models.HEALTHY[name]()
+    report = diagnose(model, x, healthy_models.labels(x), show=False)
+    assert worse_than_notes(report) == [] and bool(report)
+
+def test_batch_norm_is_a_note_and_frozen_parameters_are_fine():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 5))
+    model[0].requires_grad_(False)
+    report = diagnose(model, **bugs.images(), show=False)
+    assert [(f.check, f.severity, f.module) for f in report] == [('training batch', 'note', '1')]
+
+def test_zero_initialised_parts_hide_nothing_and_raise_no_alarm():
+    model = bugs.ViT()
+    for p in (model.head.weight, model.embed.pos, *(b.attn.proj.weight for b in model.blocks)): nn.init.zeros_(p)
+    assert worse_than_notes(diagnose(model, **bugs.images(), show=False)) == []
+    model = bugs.ViT(attn=bugs.TorchAttention)
+    nn.init.zeros_(model.head.weight)
+    assert ('batch', 'blocks.0.attn') in [f[:2] for f in worse_than_notes(diagnose(model, **bugs.images(), show=False))]
+
+# ---- nothing is left behind ----
+
+def snapshot(model, x):
+    "Everything that a diagnosis could change"
+    from torch.nn.modules import module
+    hooks = [len(h) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+    grads = [p.grad for p in model.parameters()]
+    return ([t.clone() for t in (*model.state_dict().values(), *grads, x, torch.get_rng_state())],
+            [id(p) for p in model.parameters()], [p.requires_grad for p in model.parameters()],
+            [m.training for m in model.modules()], hooks, len(module._global_forward_hooks),
+            torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled())
+
+def same(a, b): return all(map(torch.equal, a[0], b[0])) and a[1:] == b[1:]
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('bug', [None, 'batch statistics in eval mode', 'F.dropout without training',
+                                 'layers in a plain list', 'batch_first forgotten, mean over the tokens'])
+def test_model_input_and_random_state_are_left_as_they_were(bug, train):
+    norm = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(.3), nn.Flatten(), nn.Linear(784, 5))
+    model = norm if bug is None else next(b for b in bugs.CATALOGUE if b.name == bug).make()
+    given = bugs.images()
+    model(given['x']).sum().backward()
+    for p in model.parameters(): p.grad = torch.randn_like(p)
+    model.train(train)
+    next(model.children()).train(not train)
+    before = snapshot(model, given['x'])
+    diagnose(model, **given, show=False)
+    assert same(before, snapshot(model, given['x']))
+
+def test_state_is_restored_when_the_model_raises():
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+        def forward(self, x):
+            self.inner(x)
+            raise KeyError('mine')
+    model = Raises().train()
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    x = torch.randn(4, 3)
+    before = snapshot(model, x)
+    with pytest.raises(KeyError, match="mine.*diagnose was running in eval mode"): diagnose(model, x)
+    assert same(before, snapshot(model, x))
+
+# ---- inputs and outputs of all kinds ----
+
+class Wrapped(nn.Module):
+    "A right model that takes keywords and returns a dict, with a loss in front of the logits"
+    def __init__(self):
+        super().__init__()
+        self.vit = bugs.ViT()
+    def forward(self, pixels, scale=1.):
+        out = self.vit(pixels*scale)
+        return {'loss': out.mean(), 'logits': out, 'n': 3}
+
+def test_dicts_tuples_and_output():
+    given = bugs.images()
+    assert diagnose(Wrapped(), {'pixels': given['x']}, given['y'], show=False)
+    assert diagnose(Wrapped(), {'pixels': given['x'], 'scale': .5}, given['y'], show=False)
+    assert diagnose(Wrapped(), (given['x'], .5), given['y'], output=lambda out: out['logits'], show=False)
+    first = diagnose(Wrapped(), given['x'], output=lambda out: out['loss'][None], show=False)
+    assert 'batch' in [f.check for f in first]     # a mean over the batch is what was asked to be looked at
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    given = bugs.images()
+    given['x'] = given['x'].to(dtype)
+    assert worse_than_notes(diagnose(bugs.ViT().to(dtype), **given, show=False)) == []
+    report = diagnose(bugs.ViT(attn=bugs.TorchAttention).to(dtype), **given, show=False)
+    assert (report.findings[0].check, report.findings[0].module) == ('batch', 'blocks.0.attn')
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu():
+    given = {k: v.cuda() for k, v in bugs.images().items()}
+    assert worse_than_notes(diagnose(bugs.ViT().cuda(), **given, show=False)) == []
+    report = diagnose(bugs.ViT(attn=bugs.TorchAttention).cuda(), **given, show=False)
+    assert (report.findings[0].check, report.findings[0].module) == ('batch', 'blocks.0.attn')
+
+def test_two_images_are_enough():
+    given = {k: v[:2] for k, v in bugs.images().items()}
+    assert diagnose(bugs.ViT(), **given, show=False)
+
+@pytest.mark.parametrize('kwargs, error, words', [
+    (dict(x=torch.rand(1, 1, 16, 16)), ValueError, 'batch of 1; at least 2'),
+    (dict(x='an image'), TypeError, 'str without a tensor'),
+    (dict(x=torch.rand(4, 1, 16, 16), y=torch.zeros(3).long()), ValueError, 'y has 3 entries; expected 4'),
+    (dict(x=torch.rand(4, 1, 16, 16), causal=True), ValueError, 'need tokens'),
+    (dict(x=torch.rand(4, 1, 16, 16), skip=['nonsense']), ValueError, 'nonsense'),
+    (dict(x=torch.rand(4, 3, 16, 16)), RuntimeError, 'diagnose was running')])
+def test_what_cannot_be_is_said_in_one_sentence(kwargs, error, words):
+    with pytest.raises(error, match=words): diagnose(bugs.ViT(), **kwargs)
+
+def test_masks_are_checked():
+    ids = bugs.token_ids()['x']
+    with pytest.raises(ValueError, match='expected torch.bool'): diagnose(bugs.Decoder(), ids, mask=torch.ones(9, 9))
+    everything = torch.ones(9, 9, dtype=torch.bool)
+    with pytest.raises(ValueError, match='n = 9'): diagnose(bugs.Decoder(), ids, mask=everything[:4, :7])
+    assert diagnose(bugs.Decoder(), ids, mask=everything.tril(), show=False)
+
+def test_nan_in_the_input_is_not_blamed_on_the_model():
+    x = bugs.images()['x']
+    x[0, 0, 0, 0] = torch.nan
+    report = diagnose(bugs.ViT(), x, show=False)
+    assert [(f.check, f.detail) for f in report] == [('finite', 'of the input is NaN')]
+
+def test_skip_and_report(capsys):
+    report = diagnose(bugs.ViT(attn=bugs.NotScaled), **bugs.images(), skip=['attention'])
+    assert report and 'attention' not in report.checks and len(report.checks) == len(CHECKS) - 1
+    assert capsys.readouterr().out.startswith('healthy: 0 findings')
+
+# ---- fastai, and without it ----
+
+def test_the_module_needs_torch_only():
+    code = ('import sys, vit_nbdev.diagnose\n'
+            'print(*{"fastai", "fastcore", "torchvision", "matplotlib"} & sys.modules.keys())')
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ''
+
+def test_callback_stops_before_a_step_or_warns():
+    pytest.importorskip('fastai')
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    from fastai.learner import Learner
+    from vit_nbdev.diagnose import NotHealthy, diagnose_callback
+    data = list(zip(torch.rand(16, 1, 16, 16), torch.arange(16) % 5))
+    dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
+    def learner(model, **kw): return Learner(dls, model, nn.functional.cross_entropy, cbs=diagnose_callback(**kw))
+    sick = learner(bugs.ViT(attn=bugs.TorchAttention))
+    before = [p.clone() for p in sick.model.parameters()]
+    with sick.no_logging(), pytest.raises(NotHealthy, match='blocks.0.attn') as error: sick.fit(1)
+    assert error.value.report.findings[0].check == 'batch' and all(map(torch.equal, before, sick.model.parameters()))
+    sick = learner(bugs.ViT(attn=bugs.TorchAttention), stop=False)
+    with sick.no_logging(), pytest.warns(UserWarning, match='blocks.0.attn'): sick.fit(1)
+    assert not torch.equal(before[0], next(sick.model.parameters()))
+    well = learner(bugs.ViT())
+    with well.no_logging(): well.fit(1)
+    assert well.diagnose.report
