@@ -200,7 +200,7 @@ def is_content(
     if t.is_floating_point(): return not t.isinf().any()
     return bool((t > 1).any() or (t < 0).any())
 
-def _noise(t): return torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(t)
+def _noise(t): return torch.randn(t.shape, generator=torch.Generator().manual_seed(170603762)).to(t)
 
 def other(
     t,   # (b ...) content
@@ -212,7 +212,7 @@ def other(
         new = _noise(t) * (spread if spread > 0 else spread + 1).to(t) + t.float().mean().to(t)
     else:
         low, span = t.min(), (t.max() - t.min()).clamp(min=1)
-        step = torch.randint(2**15, t.shape, generator=torch.Generator().manual_seed(1)).to(t.device) % span + 1
+        step = torch.randint(2**15, t.shape, generator=torch.Generator().manual_seed(170603762)).to(t.device) % span + 1
         new = ((t - low + step) % (span + 1) + low).to(t.dtype)
     return torch.where(pick.to(t.device).reshape(*pick.shape, *[1]*(t.ndim - pick.ndim)), new, t)
 
