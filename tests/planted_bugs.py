@@ -116,6 +116,15 @@ class PaddedEncoder(nn.Module):
         x = self.layer(self.pos(self.embed(x)), src_key_padding_mask=self.hide(keep))
         return self.head((x*keep[..., None]).sum(1) / keep.sum(1, keepdim=True))
 
+class SequenceFirst(nn.Module):
+    "Torch's attention in its own order (n b d), rightly: transposed before and after"
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(DIM, HEADS)
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        return self.mha(x, x, x, need_weights=False)[0].transpose(0, 1)
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 def images():

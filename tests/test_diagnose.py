@@ -7,7 +7,7 @@ from torch import nn
 
 import healthy_models
 import planted_bugs as bugs
-from vit_nbdev.diagnose import CHECKS, Probe, diagnose
+from vit_nbdev.diagnose import CHECKS, diagnose
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -31,6 +31,7 @@ def test_the_catalogue_uses_every_check():
 
 RIGHT = {'ViT': (bugs.ViT, bugs.images), 'ViT, class token': (bugs.in_vit(pool=bugs.ClassToken), bugs.images),
          'ViT, torch attention': (bugs.in_vit(attn=lambda: bugs.TorchAttention(batch_first=True)), bugs.images),
+         'ViT, torch attention, sequence first': (bugs.in_vit(attn=bugs.SequenceFirst), bugs.images),
          'Decoder': (bugs.Decoder, bugs.causal_ids), 'PaddedEncoder': (bugs.PaddedEncoder, bugs.padded_ids),
          'WithPositions': (lambda: bugs.WithPositions(bugs.Positions), bugs.tokens)}
 

@@ -620,6 +620,7 @@ def _normalised(product):
     def even(length): return (length.std() < 1e-3*length.mean()).item()
     return even(product.q.float().norm(dim=-1)) and even(product.k.float().norm(dim=-2))
 
+# %% ../nbs/07_diagnose.ipynb #cb55ef4e
 def check_attention(
     p # `Probe`
 ) -> list: # of `Finding`
@@ -642,10 +643,12 @@ def check_attention(
                             'In a fresh model: is the scale missing, or the norm before the attention?')
         if a.spread < 1e-4:
             add('note', a.name, a.spread, 'is the spread of the weights: uniform', 'Do q and k start at zero?')
-    for name in dict.fromkeys(a.product.name for a in used if a.product):
-        call = next((c for c in p.base.calls if c.name == name), None)
-        if name and call and (torn := _torn(p, call)):
-            add('error', name, *torn, 'Split heads by view(b, n, h, d).transpose(1, 2), and merge them by its inverse.')
+    names, calls = {a.product.name for a in used if a.product}, {}
+    for call in p.base.calls:                            # one of each class: the others run the same code
+        if call.name and call.name in names: calls.setdefault(type(call.module), call)
+    for call in calls.values():
+        if torn := _torn(p, call):
+            add('error', call.name, *torn, 'Split heads by view(b, n, h, d).transpose(1, 2), and merge them by its inverse.')
     return list(found.values())
 
 # %% ../nbs/07_diagnose.ipynb #df25045b
@@ -803,6 +806,7 @@ def _idle(p):
            'parameters of which a part has no gradient',
            'Is it cut to size? Are there positions for more tokens than they are added to?')
 
+# %% ../nbs/07_diagnose.ipynb #4a9c29b7
 def check_parameters(
     p # `Probe`
 ) -> list: # of `Finding`
@@ -935,6 +939,7 @@ CHECKS = {'finite': check_finite, 'inplace': check_inplace, 'repeat': check_repe
           'parameters': check_parameters, 'positions': check_positions, 'modes': check_modes,
           'loss': check_loss, 'overfit': check_overfit}
 
+# %% ../nbs/07_diagnose.ipynb #7ddc52b2
 def diagnose(
     model,          # any `nn.Module`
     x,              # a batch of its input, batch first: a tensor, a tuple of arguments or a dict of keyword arguments
