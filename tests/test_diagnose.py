@@ -55,6 +55,14 @@ def test_batch_norm_is_a_note_and_frozen_parameters_are_fine():
     report = diagnose(model, **bugs.images(), show=False)
     assert [(f.check, f.severity, f.module) for f in report] == [('training batch', 'note', '1')]
 
+def test_a_frozen_trunk_under_no_grad_is_fine():
+    class Frozen(bugs.TrunkWithoutGrad):
+        def __init__(self):
+            super().__init__()
+            self.requires_grad_(False)
+            self.head.requires_grad_(True)
+    assert worse_than_notes(diagnose(Frozen(), **bugs.images(), skip=['overfit'], show=False)) == []
+
 def test_zero_initialised_parts_hide_nothing_and_raise_no_alarm():
     model = bugs.ViT()
     for p in (model.head.weight, model.embed.pos, *(b.attn.proj.weight for b in model.blocks)): nn.init.zeros_(p)
