@@ -420,7 +420,7 @@ def test_it_learns():
 @pytest.mark.parametrize('shape, dtype, error, message', [
     ((3, 32, 32), torch.float32, ValueError, r'use x\[None\]'),
     ((32, 32), torch.float32, ValueError, 'expected a batch'),
-    ((1, 1, 32, 32), torch.float32, ValueError, 'expected .b, 3, h, w., since this model has in_chans=3'),
+    ((1, 1, 32, 32), torch.float32, ValueError, 'expected .b, 3, h, w.: this model has in_chans=3'),
     ((1, 32, 32, 3), torch.float32, ValueError, r'x.permute\(0, 3, 1, 2\)'),
     ((1, 3, 32, 32), torch.uint8, TypeError, r'x.float\(\)/255'),
     ((1, 3, 30, 32), torch.float32, ValueError, 'image height=30 .* patch_size=8: the nearest sizes that are: 24 and 32'),

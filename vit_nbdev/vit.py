@@ -181,7 +181,20 @@ class AttentionPool(nn.Module):
         x = self.attn(self.probe.expand(x.shape[0], -1, -1), context=x)
         return (x + self.mlp(self.norm(x)))[:, 0]
 
-# %% ../nbs/02_vit.ipynb #66c58148
+# %% ../nbs/02_vit.ipynb #4ffdcf6f
+def _grid(x, config):
+    "Rows and columns of patches in images `x`, which are checked"
+    c, shape = config, tuple(x.shape)
+    if x.dim() == 3: raise ValueError(f"got one image of shape {shape}, expected a batch (b, c, h, w): use x[None]")
+    if x.dim() != 4: raise ValueError(f"images have shape {shape}, expected a batch (b, c, h, w)")
+    if shape[1] != c.in_chans:
+        why = "the channels come last here, use x.permute(0, 3, 1, 2)" if shape[3] == c.in_chans else f"this model has in_chans={c.in_chans}"
+        raise ValueError(f"images have shape {shape}, expected (b, {c.in_chans}, h, w): {why}")
+    if not x.is_floating_point(): raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
+    for name, side in (('image height', shape[2]), ('image width', shape[3])): _check_side(name, side, c.patch_size)
+    return shape[2]//c.patch_size, shape[3]//c.patch_size
+
+# %% ../nbs/02_vit.ipynb #178eefb7
 class ViT(nn.Module):
     "Vision Transformer (Dosovitskiy 2020): patches, tokens in front and positions, an encoder, pooling, a linear head"
     def __init__(self, config: ViTConfig):  # what to build
@@ -229,7 +242,7 @@ class ViT(nn.Module):
         return F.pad(pos, (0, 0, self.n_prefix - self._n_slots, 0))              # zeros for tokens without a place
 
     def embed(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n_prefix+n dim)` with their positions
-        h, w = self._grid(x)
+        h, w = _grid(x, self.config)
         prefix = torch.cat([self.cls_token, self.registers], dim=1).expand(x.shape[0], -1, -1)
         x = torch.cat([prefix, self.patch_embed(x)], dim=1) + self.positions(h, w)
         return self.embed_norm(self.embed_drop(x))
@@ -263,17 +276,6 @@ class ViT(nn.Module):
         self.pos_embed.data = self.positions(*config.grid)[:, self.n_prefix - self._n_slots:].clone()
         self.pos_embed.grad, self.config = None, config
         return self
-
-    def _grid(self, x):
-        "Rows and columns of patches in images `x`, which are checked"
-        c, shape = self.config, tuple(x.shape)
-        if x.dim() == 3: raise ValueError(f"got one image of shape {shape}, expected a batch (b, c, h, w): use x[None]")
-        if x.dim() != 4: raise ValueError(f"images have shape {shape}, expected a batch (b, c, h, w)")
-        if shape[1] != c.in_chans: raise ValueError(f"images have shape {shape}, expected (b, {c.in_chans}, h, w)" + (
-            ": the channels come last here, use x.permute(0, 3, 1, 2)" if shape[3] == c.in_chans else ", since this model has in_chans=" + str(c.in_chans)))
-        if not x.is_floating_point(): raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
-        for name, side in zip(('image height', 'image width'), shape[2:]): _check_side(name, side, c.patch_size)
-        return shape[2]//c.patch_size, shape[3]//c.patch_size
 
 # %% ../nbs/02_vit.ipynb #bffb42f2
 SIZES = {        # dim, depth, heads, feed-forward width over dim       published in
