@@ -30,10 +30,10 @@ from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_
 from .learner import vit_learner
 from .vit import ViT, ViTConfig, vit_config
 
-# %% ../nbs/08_cli.ipynb #15712a5f
+# %% ../nbs/08_cli.ipynb #b31d2014
 DEFAULTS = {   # data set: model, epochs, batch size, highest learning rate of the one-cycle schedule
     'digits':        dict(model='digits', epochs=60, bs=64, lr=3e-3),
-    'mnist':         dict(model='mnist', epochs=5, bs=128, lr=3e-3),
+    'mnist':         dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'fashion_mnist': dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'cifar10':       dict(model='cifar', epochs=20, bs=128, lr=1e-3),
     'folder':        dict(model='cifar', epochs=20, bs=32, lr=1e-3),
@@ -159,7 +159,7 @@ def plot_predictions(images: Tensor, targets: Tensor, probs: Tensor, labels: lis
         ax.set_title(f'{labels[g]} {probs[i, g]:.0%}' + ('' if g == t else f'\ntrue: {labels[t]}'), fontsize=8, color='black' if g == t else 'tab:red')
     return fig
 
-# %% ../nbs/08_cli.ipynb #5bc08e93
+# %% ../nbs/08_cli.ipynb #27fb6306
 def _data_name(data, path):
     "Which entry of `DEFAULTS` is meant by `data`, and the path it is read from"
     if data in LOADERS: return data, path
@@ -230,7 +230,7 @@ def train(
         seconds, done = time.perf_counter() - start, len(learn.recorder.values)
         if interrupted and not done: raise KeyboardInterrupt("stopped before the first epoch was complete: nothing was kept")
         if not interrupted and done < epochs:   # TerminateOnNaNCallback has ended it
-            raise ValueError(f"the loss became {float(learn.loss)} in epoch {done + 1}, step {len(learn.recorder.losses) + 1}: try a lower --lr than {lr}")
+            raise ValueError(f"the loss is no longer a finite number in epoch {done + 1}, step {len(learn.recorder.losses) + 1}: try a lower --lr than {lr}")
         facts = dict(data=data, name=model, seed=seed, epochs=epochs, epochs_done=done, bs=bs, lr=lr, device=str(device),
                      seconds=round(seconds, 1), interrupted=interrupted)
         accuracy = _write_results(learn, dls, tmp, facts)
