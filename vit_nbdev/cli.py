@@ -6,29 +6,34 @@
 __all__ = ['DEFAULTS', 'LOADERS', 'save_model', 'load_model', 'plot_curves', 'plot_confusion', 'plot_predictions', 'train',
            'vit_train', 'predict', 'vit_predict']
 
-# %% ../nbs/08_cli.ipynb #f85da107
-import csv, json, math, os, platform, re, shutil, sys, tempfile, time
+# %% ../nbs/08_cli.ipynb #b29b6f0b
+import json, math, os, platform, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
+import fastcore.script
 import torch
-from fastcore.script import Param, call_parse, store_true
+from fastcore.script import call_parse, store_true
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+warnings.filterwarnings('ignore', category=FutureWarning, message='.*torch.jit.script')   # fastai's own affair, not the user's
 
 from . import __version__
 from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_dls, read_image
 from .learner import vit_learner
 from .vit import ViT, ViTConfig, vit_config
 
-# %% ../nbs/08_cli.ipynb #15712a5f
+# %% ../nbs/08_cli.ipynb #b31d2014
 DEFAULTS = {   # data set: model, epochs, batch size, highest learning rate of the one-cycle schedule
     'digits':        dict(model='digits', epochs=60, bs=64, lr=3e-3),
-    'mnist':         dict(model='mnist', epochs=5, bs=128, lr=3e-3),
+    'mnist':         dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'fashion_mnist': dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'cifar10':       dict(model='cifar', epochs=20, bs=128, lr=1e-3),
     'folder':        dict(model='cifar', epochs=20, bs=32, lr=1e-3),
@@ -154,7 +159,7 @@ def plot_predictions(images: Tensor, targets: Tensor, probs: Tensor, labels: lis
         ax.set_title(f'{labels[g]} {probs[i, g]:.0%}' + ('' if g == t else f'\ntrue: {labels[t]}'), fontsize=8, color='black' if g == t else 'tab:red')
     return fig
 
-# %% ../nbs/08_cli.ipynb #130c8b76
+# %% ../nbs/08_cli.ipynb #27fb6306
 def _data_name(data, path):
     "Which entry of `DEFAULTS` is meant by `data`, and the path it is read from"
     if data in LOADERS: return data, path
@@ -167,17 +172,17 @@ def _data_name(data, path):
 def _write_results(learn, dls, tmp, facts):
     "Test the model, once, and write all files of the run; gives the accuracy"
     rows = [list(map(float, row)) for row in learn.recorder.values]   # before the test, which the recorder would record too
-    probs, targets = (torch.as_tensor(t) for t in learn.get_preds(dl=dls[2]))
+    with learn.no_bar(): probs, targets = (torch.as_tensor(t) for t in learn.get_preds(dl=dls[2]))
     guesses, labels, images = probs.argmax(1), dls.preprocessing['labels'], dls[2].dataset.x
     accuracy = (guesses == targets).double().mean().item()
     save_model(learn.model, tmp, dls.preprocessing, **facts, test_accuracy=accuracy, n_test=len(targets))
     for name, fig in dict(curves=plot_curves(*zip(*rows)), confusion=plot_confusion(targets, guesses, labels),
                           predictions=plot_predictions(images, targets, probs, labels)).items(): fig.savefig(tmp/f'{name}.png', dpi=110)
     (tmp/'samples').mkdir()
-    from torchvision.io import write_png
     for i in range(min(8, len(images))):
         label = re.sub(r'\W+', '_', labels[targets[i]])
-        write_png(images[i].contiguous(), str(tmp/'samples'/f'{i}-{label}.png'))
+        pixels = images[i].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(tmp/'samples'/f'{i}-{label}.png')
     return accuracy
 
 def train(
@@ -208,24 +213,24 @@ def train(
     out = _free_name(Path('runs'), Path(path).resolve().name if data == 'folder' else data) if out is None else Path(out)
 
     with _new_folder(out, force) as tmp:
+        set_seed(seed)   # before the loaders, which draw the order of the images from a generator of their own
         if data == 'folder': dls = folder_dls(path, img_size=config.img_size, in_chans=config.in_chans, bs=bs, device=device)
         elif data == 'digits': dls = digits_dls(bs=bs, device=device)
         else: dls = LOADERS[data](path, bs=bs, device=device)
-        set_seed(seed)
         learn = vit_learner(dls, model, lr=lr, path=tmp, cbs=[CSVLogger('metrics.csv'), TerminateOnNaNCallback()])
         c, sizes = learn.model.config, [len(dl.dataset) for dl in dls]
         print(f"data    {data}: {sizes[0]:,} images to train, {sizes[1]:,} to validate, {sizes[2]:,} to test, {c.n_classes} classes\n"
               f"model   {model}: {c.img_size} x {c.img_size} pixels, {c.n_patches} patches of {c.patch_size} x {c.patch_size}, "
               f"dim {c.dim}, depth {c.depth}, {c.n_heads} heads, {sum(p.numel() for p in learn.model.parameters()):,} parameters\n"
               f"train   {epochs} epochs of {len(dls.train)} batches of {bs}, learning rate {lr}, seed {seed}\n"
-              f"device  {device}" + (f", {torch.get_num_threads()} threads" if device.type == 'cpu' else ''), flush=True)
+              f"device  {device}" + (f", threads: {torch.get_num_threads()}" if device.type == 'cpu' else ''), flush=True)
         start, interrupted = time.perf_counter(), False
         try: learn.fit_one_cycle(epochs, lr)
         except KeyboardInterrupt: interrupted = True
         seconds, done = time.perf_counter() - start, len(learn.recorder.values)
         if interrupted and not done: raise KeyboardInterrupt("stopped before the first epoch was complete: nothing was kept")
-        if not math.isfinite(learn.recorder.losses[-1]):
-            raise ValueError(f"the loss became {learn.recorder.losses[-1].item()} in epoch {done + 1}, step {len(learn.recorder.losses)}: try a lower --lr than {lr}")
+        if not interrupted and done < epochs:   # TerminateOnNaNCallback has ended it
+            raise ValueError(f"the loss is no longer a finite number in epoch {done + 1}, step {len(learn.recorder.losses) + 1}: try a lower --lr than {lr}")
         facts = dict(data=data, name=model, seed=seed, epochs=epochs, epochs_done=done, bs=bs, lr=lr, device=str(device),
                      seconds=round(seconds, 1), interrupted=interrupted)
         accuracy = _write_results(learn, dls, tmp, facts)
@@ -236,7 +241,7 @@ def train(
     if interrupted: raise KeyboardInterrupt(f"stopped by Ctrl-C; the run is in {out}")
     return out
 
-# %% ../nbs/08_cli.ipynb #9b75bbb9
+# %% ../nbs/08_cli.ipynb #3539bb42
 @call_parse
 def vit_train(
     data:str='digits',    # digits, mnist, fashion_mnist, cifar10, or a folder with a folder of images per class
@@ -263,10 +268,10 @@ def _plain_errors(command):
         if os.environ.get('VIT_NBDEV_DEBUG'): raise
         sys.exit(f"{command}: {' '.join(str(e).split())}")
     except KeyboardInterrupt as e:
-        print(f"{command}: {e or 'stopped by Ctrl-C: nothing was kept'}", file=sys.stderr)
+        print(f"{command}: {str(e) or 'stopped by Ctrl-C: nothing was kept'}", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/08_cli.ipynb #cc8cce24
+# %% ../nbs/08_cli.ipynb #bf7d9533
 @torch.no_grad()
 def predict(
     run: str|Path,          # a run folder
@@ -295,10 +300,15 @@ def predict(
         results += batch
     return results
 
+def _one_or_more(help):
+    "The annotation of an argument that takes several words, in the forms of fastcore 1 and of fastcore 2"
+    if hasattr(fastcore.script, 'Param'): return fastcore.script.Param(help, str, nargs='+')
+    return Annotated[str, help, dict(nargs='+')]
+
 @call_parse
 def vit_predict(
     run:str,                                            # a run folder that vit_train made
-    images:Param("image files", str, nargs='+'),
+    images:_one_or_more("image files"),
     json:store_true=False,                              # print JSON, with the probability of every class
     device:str=None,                                    # cpu, cuda, cuda:1 or mps (default: a GPU if there is one)
 ):

@@ -53,7 +53,7 @@ class TensorDL(TfmdDL):
     def create_batches(self, samps):
         for idxs in self.chunkify(samps): yield self.dataset[torch.tensor(list(idxs))]
 
-# %% ../nbs/03_data.ipynb #e3e8f91e
+# %% ../nbs/03_data.ipynb #9c923fcd
 def shift_mat(
     x: Tensor,           # images `(b c h w)`
     max_shift: float,    # in either direction, as a part of the side
@@ -68,10 +68,10 @@ def small_affine(
     max_zoom: float = 0.1,    # larger or smaller by this part
     max_shift: float = 0.1,   # as a part of the side
 ) -> AffineCoordTfm:          # for the training batches of `DataLoaders`
-    "Turn, zoom and shift each image a little; what comes in from outside is black"
+    "Turn, zoom and shift each image a little; what comes in from outside is zero"
     fs = [partial(rotate_mat, max_deg=max_rotate, p=1.), partial(zoom_mat, min_zoom=1 - max_zoom, max_zoom=1 + max_zoom, p=1.),
           partial(shift_mat, max_shift=max_shift)]
-    return AffineCoordTfm(aff_fs=fs, pad_mode='zeros')
+    return AffineCoordTfm(aff_fs=fs, pad_mode='zeros', align_corners=False)
 
 # %% ../nbs/03_data.ipynb #6bf4cfbe
 def tensor_dls(
