@@ -87,12 +87,13 @@ PUBLISHED = {   # timm's name: our name and what differs from it
                                                      pool='mean', norm_after_pool=True, prefix_positions=False, n_registers=4)),
     'vit_small_patch16_224 at 96 x 160': ('S/16', dict(img_size=(96, 160))),
     'vit_tiny_patch16_224 with qk_norm': ('Ti/16', dict(qk_norm=True)),
+    'vit_tiny_patch16_224 with gelu_tanh': ('Ti/16', dict(act='gelu_tanh')),
 }
 
 def pair(name, dtype, **kwargs):
     timm = pytest.importorskip('timm', reason='needs timm, with which the results are compared')
     ours, changes = PUBLISHED[name]
-    extra = {k: v for k, v in changes.items() if k in ('img_size', 'qk_norm')}
+    extra = {dict(act='act_layer').get(k, k): v for k, v in changes.items() if k in ('img_size', 'qk_norm', 'act')}
     name = name.split()[0]
     theirs = fill(timm.create_model(name, **extra, **kwargs)).to(dtype)
     config = vit_config(ours, **changes | {k: v for k, v in kwargs.items() if k == 'depth'})
