@@ -20,6 +20,7 @@ OPTIONS = {    # each is a change to SMALL; together they touch every field
     'registers': dict(n_registers=3),
     'no place in front': dict(n_registers=2, prefix_positions=False),
     'cls beside mean': dict(pool='mean', cls_token=True),
+    'registers only': dict(pool='mean', n_registers=2),
     'sincos2d': dict(positions='sincos2d'),
     'no positions': dict(positions='none'),
     'conv stem': dict(stem='conv'),
