@@ -30,9 +30,9 @@ from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_
 from .learner import vit_learner
 from .vit import ViT, ViTConfig, vit_config
 
-# %% ../nbs/08_cli.ipynb #b31d2014
+# %% ../nbs/08_cli.ipynb #dfeb3724
 DEFAULTS = {   # data set: model, epochs, batch size, highest learning rate of the one-cycle schedule
-    'digits':        dict(model='digits', epochs=60, bs=64, lr=3e-3),
+    'digits':        dict(model='digits', epochs=100, bs=64, lr=3e-3),
     'mnist':         dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'fashion_mnist': dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'cifar10':       dict(model='cifar', epochs=20, bs=128, lr=1e-3),
