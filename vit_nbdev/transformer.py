@@ -135,7 +135,7 @@ def _copy_parts(new, layer, parts):
     new.mlp.fc1, new.mlp.act, new.mlp.fc2 = deepcopy(layer.linear1), deepcopy(act), deepcopy(layer.linear2)
     return new.train(layer.training)
 
-# %% ../nbs/01_transformer.ipynb #f40819ea
+# %% ../nbs/01_transformer.ipynb #ed488cc2
 class EncoderBlock(nn.Module):
     "Attention between the tokens, then a network on each, both on a residual line (Vaswani 2017; pre-norm as in ViT)"
     def __init__(self,
@@ -180,7 +180,7 @@ class EncoderBlock(nn.Module):
     def from_torch(cls, layer: nn.TransformerEncoderLayer) -> 'EncoderBlock':
         "The same function with a copy of `layer`'s weights; always batch first, whatever `layer` says"
         new = cls(layer.self_attn.embed_dim, layer.self_attn.num_heads, norm_first=layer.norm_first,
-                  dropout=layer.dropout.p, attn_dropout=layer.self_attn.dropout)
+                  dropout=layer.dropout.p)
         return _copy_parts(new, layer, dict(norm1='norm1', attn='self_attn', norm2='norm2'))
 
 # %% ../nbs/01_transformer.ipynb #cc530aea
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return self.norm(x)
 
-# %% ../nbs/01_transformer.ipynb #dbf9ce0e
+# %% ../nbs/01_transformer.ipynb #b21843eb
 class DecoderBlock(nn.Module):
     "Attention to the tokens so far, attention to the memory, a network on each token (Vaswani 2017, section 3.1)"
     def __init__(self,
@@ -264,7 +264,7 @@ class DecoderBlock(nn.Module):
     def from_torch(cls, layer: nn.TransformerDecoderLayer) -> 'DecoderBlock':
         "The same function with a copy of `layer`'s weights; always batch first, whatever `layer` says"
         new = cls(layer.self_attn.embed_dim, layer.self_attn.num_heads, norm_first=layer.norm_first,
-                  dropout=layer.dropout.p, attn_dropout=layer.self_attn.dropout)
+                  dropout=layer.dropout.p)
         return _copy_parts(new, layer, dict(norm1='norm1', attn='self_attn', norm2='norm2', cross='multihead_attn', norm3='norm3'))
 
 # %% ../nbs/01_transformer.ipynb #0ab16910
