@@ -269,6 +269,20 @@ def test_drop_path_and_layer_scale():
         plain.attn.proj.weight.mul_(0.1), plain.attn.proj.bias.mul_(0.1), plain.mlp.fc2.weight.mul_(0.1), plain.mlp.fc2.bias.mul_(0.1)
     close(block(x[:5].repeat(1, 1, 4)), plain(x[:5].repeat(1, 1, 4)), 1e-5)
 
+def test_options_reach_the_attention():
+    "With qk_norm the size of the queries has no effect, without it has; bias, epsilon and rates arrive, too"
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    for qk_norm in (True, False):
+        block = EncoderBlock(16, 2, qk_norm=qk_norm, qkv_bias=False, norm_eps=1e-9)
+        before = block(x)
+        with torch.no_grad(): block.attn.qkv.weight[:16] *= 10
+        assert torch.allclose(block(x), before, atol=1e-5) == qk_norm
+    block = EncoderBlock(16, 2, mlp_ratio=2.5, norm_eps=1e-3, qk_norm=True, dropout=0.1, attn_dropout=0.2)
+    assert {m.eps for m in block.modules() if isinstance(m, nn.LayerNorm)} == {1e-3}
+    assert (block.mlp.fc1.out_features, block.attn.proj_drop.p, block.attn.attend.dropout) == (40, 0.1, 0.2)
+    assert Encoder(1408, 1, 16, mlp_ratio=6144/1408).blocks[0].mlp.fc1.out_features == 6144   # rounded, not cut
+
 def test_checkpointing_from_outside():
     "Blocks are looped over by the user: the gradients stay the same"
     torch.manual_seed(0)
@@ -297,6 +311,8 @@ def test_bad_input_is_named():
         (ValueError, 'has 13 tokens.*max_len=12', lambda: model(src, source([13], 13).clamp(max=8))),
         (ValueError, 'ids run from 3 to 11.*n_tokens=11', lambda: model(torch.tensor([[3, 11]]), tgt)),
         (ValueError, 'ids run from -1 to 3', lambda: model(src, torch.tensor([[-1, 3]]))),
+        (ValueError, r'float32 of shape \(1, 2\), expected integers', lambda: model(src.float()[:, :2], tgt)),
+        (ValueError, r'shape \(2,\), expected integers \(b, n\)', lambda: model(src, tgt[0])),
         (ValueError, 'row 1 of src.*padding', lambda: model(torch.tensor([[3, 4], [0, 0]]), tgt.repeat(2, 1))),
         (ValueError, 'max_len=0 must lie between 1 and 12', lambda: model.generate(src, 0)),
         (ValueError, 'max_len=13 must lie between 1 and 12', lambda: model.generate(src, 13)),

@@ -40,7 +40,7 @@ def sincos_2d(
     x, y = _angles(x.flatten(), dim//4), _angles(y.flatten(), dim//4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
-# %% ../nbs/01_transformer.ipynb #215e7170
+# %% ../nbs/01_transformer.ipynb #108dc93a
 def _dropout(p): return nn.Dropout(p) if p else nn.Identity()
 
 class TokenEmbedding(nn.Module):
@@ -64,6 +64,7 @@ class TokenEmbedding(nn.Module):
         ids: Tensor,     # tokens as integers `(b n)`
         start: int = 0,  # place of the first of them
     ) -> Tensor:         # `(b n dim)`
+        if ids.dim() != 2 or ids.is_floating_point(): raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}, expected integers (b, n)")
         n_tokens, dim = self.tokens.weight.shape
         end, max_len = start + ids.shape[1], len(self.positions)
         if end > max_len: raise ValueError(f"the sequence has {end} tokens, but there are positions for max_len={max_len}: "
