@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .attention import MultiHeadAttention, causal_mask
 
-# %% ../nbs/01_transformer.ipynb #2368336d
+# %% ../nbs/01_transformer.ipynb #bf94b8da
 def _angles(positions, n):
     "Each position times `n` frequencies, from 1 falling to almost 1/10000, in float64 `(len(positions) n)`"
     return positions.double()[:, None] * 10000**(-torch.arange(n, dtype=torch.float64)/n)
@@ -34,7 +34,7 @@ def sincos_2d(
     w: int,    # columns of the grid
     dim: int,  # width of the tokens, divisible by 4
 ) -> Tensor:   # `(h*w dim)`, row by row: the sines of x, the cosines of x, the sines of y, the cosines of y
-    "A fixed vector for each place in a grid, in the channel order of MoCo v3 and MAE (Chen 2021)"
+    "A fixed vector for each place in a grid, in the channel order of MAE (He 2021) and SimpleViT (Beyer 2022)"
     if dim % 4: raise ValueError(f"dim={dim} must be divisible by 4: sine and cosine of x and of y")
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
     x, y = _angles(x.flatten(), dim//4), _angles(y.flatten(), dim//4)
