@@ -29,7 +29,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
         return self.proj(x).flatten(2).mT
 
-# %% ../nbs/02_vit.ipynb #8fdea37d
+# %% ../nbs/02_vit.ipynb #a2c1633e
 @dataclass(frozen=True)
 class ViTConfig:
     "What defines a Vision Transformer; checked on creation, so that a wrong value is named at once"
@@ -45,6 +45,7 @@ class ViTConfig:
     dropout: float = 0.       # after each linear layer of a block
     drop_path: float = 0.     # stochastic depth of the last block
     norm_eps: float = 1e-6    # epsilon of the LayerNorms
+    pos_std: float = 0.02     # standard deviation of the position embeddings at the start
 
     def __post_init__(self):
         for f in fields(self):
@@ -64,7 +65,7 @@ class ViTConfig:
     @property
     def n_patches(self) -> int: return (self.img_size//self.patch_size)**2
 
-# %% ../nbs/02_vit.ipynb #49b4034f
+# %% ../nbs/02_vit.ipynb #68413cd0
 class ViT(nn.Module):
     "Vision Transformer (Dosovitskiy 2020): patches, a class token and positions, an encoder, a linear head"
     def __init__(self, config: ViTConfig):  # what to build
@@ -80,12 +81,13 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        "Truncated normal of standard deviation 0.02 for weights, tokens and positions; zeros for biases and the head"
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None: nn.init.zeros_(m.bias)
-        for p in (self.cls_token, self.pos_embed): nn.init.trunc_normal_(p, std=0.02)
+        "As in the paper's code: Xavier for linear layers, LeCun for the patches, zeros for the head, the biases and the class token"
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Conv2d): nn.init.trunc_normal_(m.weight, std=m.weight[0].numel()**-0.5)
+            elif isinstance(m, nn.Linear):    # q, k and v are three layers that share one matrix
+                for w in m.weight.chunk(3 if name.endswith('qkv') else 1): nn.init.xavier_uniform_(w)
+            if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
+        nn.init.normal_(self.pos_embed, std=self.config.pos_std)
         nn.init.zeros_(self.head.weight)
 
     def embed(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)` with class token and positions
@@ -110,7 +112,7 @@ class ViT(nn.Module):
         if tuple(x.shape[1:]) != want: raise ValueError(f"images have shape {tuple(x.shape[1:])}, this model was made for {want}")
         if not x.is_floating_point(): raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
 
-# %% ../nbs/02_vit.ipynb #ddd3f17a
+# %% ../nbs/02_vit.ipynb #0a380c4e
 SIZES = {        # dim, depth, heads, feed-forward width over dim       published in
     'Ti': dict(dim=192,  depth=12, n_heads=3,  mlp_ratio=4),          # Touvron 2020
     'S':  dict(dim=384,  depth=12, n_heads=6,  mlp_ratio=4),          # Touvron 2020
@@ -121,9 +123,9 @@ SIZES = {        # dim, depth, heads, feed-forward width over dim       publishe
 }
 PATCHES = {'Ti': (16,), 'S': (16, 32), 'B': (8, 16, 32), 'L': (16, 32), 'H': (14,), 'g': (14,)}
 SMALL = {        # for small images
-    'digits': dict(img_size=8,  patch_size=2, in_chans=1, n_classes=10, dim=64, depth=4, n_heads=4, mlp_ratio=2, pool='mean'),
-    'mnist':  dict(img_size=28, patch_size=4, in_chans=1, n_classes=10, dim=64, depth=6, n_heads=4, mlp_ratio=2, pool='mean'),
-    'cifar':  dict(img_size=32, patch_size=4, in_chans=3, n_classes=10, dim=192, depth=9, n_heads=3, mlp_ratio=2, pool='mean'),
+    'digits': dict(img_size=8,  patch_size=2, in_chans=1, n_classes=10, dim=64, depth=4, n_heads=4, mlp_ratio=2, pool='mean', pos_std=1.),
+    'mnist':  dict(img_size=28, patch_size=7, in_chans=1, n_classes=10, dim=64, depth=4, n_heads=4, mlp_ratio=4, pool='mean', pos_std=1.),
+    'cifar':  dict(img_size=32, patch_size=4, in_chans=3, n_classes=10, dim=192, depth=9, n_heads=3, mlp_ratio=2, pool='mean', pos_std=1.),
 }
 CONFIGS = SMALL | {f'{size}/{p}': SIZES[size] | dict(patch_size=p) for size in SIZES for p in PATCHES[size]}
 

@@ -1,0 +1,27 @@
+"""Each notebook is a test: it runs from top to bottom, and its assertions hold."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from nbdev.test import test_nb as run_notebook
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('[!_.]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+def test_notebook(path, slow, monkeypatch):
+    monkeypatch.setenv('IN_TEST', '1')      # nbdev sets it as well, and would leave it
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    monkeypatch.syspath_prepend(ROOT)
+    skip = (set() if slow else {'slow'}) | (set() if torch.cuda.is_available() else {'gpu'})
+    passed, _ = run_notebook(path, skip_flags=skip)
+    assert passed, f'a cell of {path.name} failed; the cell and its traceback are printed above'
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+def test_stored_outputs(path):
+    "What a reader sees on GitHub: results, and no error among them"
+    cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    outputs = [o for c in cells for o in c['outputs']]
+    assert outputs, f'{path.name} is stored without outputs: run tools/run_notebooks.py'
+    assert not [o for o in outputs if o['output_type'] == 'error']

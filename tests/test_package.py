@@ -1,0 +1,69 @@
+"""The wheel holds everything, and the library runs with old and new fastai, and without what it does not need."""
+import os, shutil, subprocess, sys, zipfile
+from configparser import ConfigParser
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = '''
+import sys, fastcore, fastai
+from vit_nbdev.cli import train, predict
+run = train(epochs=2, device="cpu", out=sys.argv[1])
+files = sorted((run/"samples").glob("*.png"))
+assert len(predict(run, files)) == len(files) == 8
+import vit_nbdev
+print("fastcore", fastcore.__version__, "fastai", fastai.__version__, "from", vit_nbdev.__file__)
+'''
+
+def run(*args, **env):
+    done = subprocess.run([sys.executable, *map(str, args)], env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "Built from what belongs to the project, so that nothing left lying about gets in"
+    source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
+    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, source/name)
+    shutil.copytree(ROOT/'vit_nbdev', source/'vit_nbdev', ignore=shutil.ignore_patterns('__pycache__'))
+    run('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', out, source)
+    return next(out.glob('*.whl'))
+
+def test_wheel_is_complete(wheel):
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+        assert {f'vit_nbdev/{p.name}' for p in (ROOT/'vit_nbdev').glob('*.py')} == {n for n in names if n.startswith('vit_nbdev/')}
+        info = next(n.split('/')[0] for n in names if n.endswith('.dist-info/METADATA'))
+        meta = message_from_bytes(z.read(f'{info}/METADATA'))
+        scripts = ConfigParser()
+        scripts.read_string(z.read(f'{info}/entry_points.txt').decode())
+        assert any(n.endswith('LICENSE') for n in names)
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    assert meta['Version'] == config['DEFAULT']['version'] and meta['License-Expression'] == 'Apache-2.0'
+    assert dict(scripts['console_scripts']) == {'vit_train': 'vit_nbdev.cli:vit_train', 'vit_predict': 'vit_nbdev.cli:vit_predict'}
+    needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
+    assert len(needed) == len(config['DEFAULT']['requirements'].split())
+    assert not any(r.startswith(('nbdev', 'execnb', 'pytest')) for r in needed), needed
+
+def test_wheel_works_without_nbdev(wheel, tmp_path):
+    "The library from the wheel, with an nbdev that can't be imported"
+    run('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
+    (tmp_path/'site'/'nbdev.py').write_text('raise ImportError("nbdev must not be needed")')
+    out = run('-c', TRAIN, tmp_path/'run', PYTHONPATH=str(tmp_path/'site'))
+    assert str(tmp_path/'site') in out and 'fastcore 1.' in out
+
+def test_newest_fastai_and_fastcore(wheel, tmp_path):
+    "The development set has fastcore 1, which nbdev 2 needs; the library must run with the newest as well"
+    newest = ['fastai', 'fastcore>=2', 'fasttransform', 'fastprogress', 'plum-dispatch<2.10']
+    got = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel, *newest], capture_output=True, text=True)
+    if got.returncode: pytest.skip(f'the newest fastai can not be had here: {got.stderr.strip().splitlines()[-1]}')
+    out = run('-c', TRAIN, tmp_path/'run', PYTHONPATH=str(tmp_path/'site'))
+    assert str(tmp_path/'site') in out and 'fastcore 2.' in out
+
+def test_light_imports():
+    "The model needs torch and einops, and does not wait for fastai, matplotlib and the like"
+    heavy = "{'fastai', 'matplotlib', 'torchvision', 'sklearn', 'pandas', 'nbdev', 'fastcore'}"
+    run('-c', f'import sys, vit_nbdev.vit; loaded = {heavy} & set(sys.modules); assert not loaded, loaded')
