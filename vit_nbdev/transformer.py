@@ -40,9 +40,10 @@ def sincos_2d(
     x, y = _angles(x.flatten(), dim//4), _angles(y.flatten(), dim//4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
-# %% ../nbs/01_transformer.ipynb #776b3afa
-def _dropout(p): return nn.Dropout(p) if p else nn.Identity()
+# %% ../nbs/01_transformer.ipynb #c778e74c
+def _dropout(p): return nn.Dropout(p) if p else nn.Identity()   # what is off is no part of the model
 
+# %% ../nbs/01_transformer.ipynb #ea3ae8f8
 class TokenEmbedding(nn.Module):
     "A learned vector for each token plus a vector for its place (Vaswani 2017, sections 3.4 and 3.5)"
     def __init__(self,
