@@ -301,8 +301,8 @@ def test_drops_are_identities_when_off_and_random_when_on():
     assert not [m for m in build('plain').modules() if isinstance(m, nn.Dropout) or type(m).__name__ == 'DropPath']
     model = build('drops').train()
     x = images(model.config)
-    assert not torch.equal(model(x), model(x))
-    assert torch.equal(model.eval()(x), model(x))
+    assert not torch.equal(model(x), model(x)) and not torch.equal(model.embed(x), model.embed(x))
+    assert torch.equal(model.eval()(x), model(x)) and torch.equal(model.embed(x), model.embed(x))
 
 # ---- initialisation
 
