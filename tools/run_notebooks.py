@@ -53,7 +53,7 @@ def run(path, skip):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: all under nbs/')
-    parser.add_argument('--skip', nargs='*', default=[], help='flags of cells to leave as they are, such as slow')
+    parser.add_argument('--skip', metavar='FLAG', action='append', default=[], help='leave cells with this flag as they are, such as slow')
     parser.add_argument('--one', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one: sys.exit(run(args.notebooks[0].resolve(), args.skip))
@@ -61,7 +61,7 @@ def main():
     failed = []
     for path in notebooks:
         start = time.time()
-        code = subprocess.run([sys.executable, __file__, '--one', str(path), '--skip', *args.skip],
+        code = subprocess.run([sys.executable, __file__, '--one', str(path), *[f'--skip={flag}' for flag in args.skip]],
                               env={**os.environ, 'PYTHONWARNINGS': 'ignore'}).returncode
         print(f"{'failed' if code else 'ok':7}{time.time() - start:6.0f} s  {path}", flush=True)
         if code: failed.append(path)
