@@ -13,10 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 def settle(text):
-    "What a terminal shows in the end of `text`, a progress bar's many lines being one"
-    lines = (line.rstrip('\n').split('\r')[-1] if '\r' in line.rstrip('\n') else line.rstrip('\n')
-             for line in ''.join(text).splitlines(True))
-    return [line.rstrip() + '\n' for line in lines if line.strip()]
+    "What a terminal shows in the end of `text`: of a line that a progress bar wrote over again and again, its last state"
+    lines = [(line.split('\r')[-1].rstrip(), '\r' in line) for line in ''.join(text).rstrip('\n').split('\n')]
+    return [line + '\n' for line, rewritten in lines if line or not rewritten]
 
 def run(path, skip):
     "Run one notebook; the outputs are written only if every cell succeeds"

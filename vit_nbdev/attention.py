@@ -139,14 +139,15 @@ class FusedAttention(nn.Module):
 
     def extra_repr(self): return f'dropout={self.dropout}'
 
-# %% ../nbs/00_attention.ipynb #9c7190fe
+# %% ../nbs/00_attention.ipynb #29d29871
 def _check_inputs(attn, x, context, mask):
     "Refuse what a `MultiHeadAttention` can't work with"
-    dim, kv_dim, b = attn.dim, attn.kv_dim, len(x)
+    dim, kv_dim = attn.dim, attn.kv_dim
     if x.dim() != 3 or x.shape[-1] != dim: raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, n, {dim})")
+    b = x.shape[0]                                # not len(x), which torch.export would take for a constant
     if context is None:
         if kv_dim != dim: raise ValueError(f"context is missing: this attention reads from tokens of width kv_dim={kv_dim}")
-    elif context.dim() != 3 or context.shape[-1] != kv_dim or len(context) != b:
+    elif context.dim() != 3 or context.shape[-1] != kv_dim or context.shape[0] != b:
         raise ValueError(f"context has shape {tuple(context.shape)}, expected ({b}, m, {kv_dim})")
     elif context.dtype != x.dtype: raise TypeError(f"x is {x.dtype} but context is {context.dtype}: convert one of them")
     elif context.device != x.device: raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
