@@ -136,8 +136,9 @@ BAD_TRAIN = {
     'no GPU':            (dict(device='cuda'), 'torch finds no GPU: use cpu'),
     'unknown device':    (dict(device='abacus'), "device 'abacus' is not known"),
     'out is a file':     (dict(out='file.txt'), 'file.txt exists'),
-    'out below a file':  (dict(out='file.txt/run'), 'file.txt'),
-    'loss explodes':     (dict(lr=1e30), 'the loss became (nan|inf).* try a lower --lr than 1e.30'),
+    'out below a file':  (dict(out='file.txt/run'), r"can't write to file.txt \(.*\): choose another --out"),
+    'path for digits':   (dict(path='other'), 'leave out --path'),
+    'loss explodes':     (dict(lr=1e30), 'the loss is no longer a finite number in epoch 1.* try a lower --lr than 1e.30'),
 }
 
 @pytest.fixture(scope='module')

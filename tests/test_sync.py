@@ -16,7 +16,8 @@ def copy(tmp_path_factory):
     return path
 
 def nbdev(command, cwd):
-    subprocess.run([sys.executable, '-c', f'from nbdev.cli import *; {command}()'], cwd=cwd, env=ENV, check=True, capture_output=True)
+    done = subprocess.run([Path(sys.executable).parent/command], cwd=cwd, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 def modules(path): return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob('*.py')}
 

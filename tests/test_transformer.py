@@ -14,18 +14,29 @@ from vit_nbdev.transformer import (Decoder, DecoderBlock, DropPath, Encoder, Enc
                                    TokenEmbedding, Transformer, sincos_2d, sinusoidal_positions)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+MLP = [('mlp.fc1', 'linear1'), ('mlp.fc2', 'linear2')]
 many = settings(max_examples=40, deadline=None, derandomize=True)
 few = settings(max_examples=15, deadline=None, derandomize=True)
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "Tensors as small as these gain nothing from a second one, and lose much where others use it, too"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 @st.composite
 def layers(draw):
     "The arguments of a torch layer, sizes of a batch, a type, a seed, and which masks there are"
     n_heads = draw(st.sampled_from([1, 2, 3]))
     dim = n_heads*draw(st.sampled_from([2, 4, 8]))
-    args = dict(d_model=dim, nhead=n_heads, dim_feedforward=draw(st.integers(1, 40)), dropout=0.1, norm_first=draw(st.booleans()),
+    args = dict(d_model=dim, nhead=n_heads, dim_feedforward=draw(st.integers(1, 40)), dropout=0.1, batch_first=True,
                 activation=draw(st.sampled_from(['relu', 'gelu', F.relu, nn.GELU('tanh')])), bias=draw(st.booleans()),
-                batch_first=True, layer_norm_eps=draw(st.sampled_from([1e-6, 1e-3])), dtype=draw(st.sampled_from(list(TOLERANCE))))
-    sizes = dict(b=draw(st.integers(1, 3)), n=draw(st.integers(1, 8)), m=draw(st.integers(1, 8)), seed=draw(st.integers(0, 2**16)))
+                norm_first=draw(st.booleans()), layer_norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
+                dtype=draw(st.sampled_from(list(TOLERANCE))))
+    size = st.integers(1, 8)
+    sizes = dict(b=draw(st.integers(1, 3)), n=draw(size), m=draw(size), seed=draw(st.integers(0, 2**16)))
     return args, sizes, draw(st.booleans()), draw(st.booleans())
 
 def weighted_sum(out): return (out*torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
@@ -64,7 +75,7 @@ def test_encoder_block_is_torchs(case):
     both = (mask if causal else torch.ones_like(mask)) & key_mask if padded else mask if causal else None
     # torch's polarity is the other one: True = may not attend
     ref = theirs(x, src_mask=~mask if causal else None, src_key_padding_mask=~key_mask[:, 0, 0] if padded else None)
-    pairs = [('norm1', 'norm1'), ('attn', 'self_attn'), ('norm2', 'norm2'), ('mlp.fc1', 'linear1'), ('mlp.fc2', 'linear2')]
+    pairs = [('norm1', 'norm1'), ('attn', 'self_attn'), ('norm2', 'norm2'), *MLP]
     compare(ours, theirs, ours(x, both), ref, [x], pairs, TOLERANCE[args['dtype']])
 
 @many
@@ -78,9 +89,10 @@ def test_decoder_block_is_torchs(case):
     memory = torch.randn(s['b'], s['m'], args['d_model'], dtype=args['dtype'], requires_grad=True)
     mask = causal_mask(s['n']) if causal else None
     memory_mask = padding_mask(lengths_of(s['b'], s['m']), s['m']) if padded else None
-    ref = theirs(x, memory, tgt_mask=~mask if causal else None, memory_key_padding_mask=~memory_mask[:, 0, 0] if padded else None)
-    pairs = [('norm1', 'norm1'), ('attn', 'self_attn'), ('norm2', 'norm2'), ('cross', 'multihead_attn'), ('norm3', 'norm3'),
-             ('mlp.fc1', 'linear1'), ('mlp.fc2', 'linear2')]
+    ref = theirs(x, memory, tgt_mask=~mask if causal else None,
+                 memory_key_padding_mask=~memory_mask[:, 0, 0] if padded else None)
+    pairs = [('norm1', 'norm1'), ('attn', 'self_attn'), ('norm2', 'norm2'), ('cross', 'multihead_attn'),
+             ('norm3', 'norm3'), *MLP]
     compare(ours, theirs, ours(x, memory, mask, memory_mask), ref, [x, memory], pairs, TOLERANCE[args['dtype']])
 
 @pytest.mark.parametrize('norm_first', [True, False])
@@ -153,8 +165,12 @@ def test_cached_steps_are_the_whole(seed, norm_first, learned, two_at_once):
     tgt = torch.randint(3, 9, (2, 8))
     memory, mask = model.encode(source([6, 3], 6, seed))
     caches = [{} for _ in model.decoder.blocks]
-    steps = [model.decode(part, memory, mask, caches) for part in tgt.split(2 if two_at_once else 1, dim=1)]
+    parts = tgt.split(2 if two_at_once else 1, dim=1)
+    steps = [model.decode(parts[0], memory, mask, caches)]
+    read_once = [cache['cross'] for cache in caches]
+    steps += [model.decode(part, memory, mask, caches) for part in parts[1:]]
     close(torch.cat(steps, dim=1), model.decode(tgt, memory, mask), 1e-10)
+    assert all(cache['cross'] is kv for cache, kv in zip(caches, read_once))
 
 @few
 @given(st.integers(0, 2**16), st.integers(1, 12))
@@ -193,8 +209,9 @@ def test_share_is_one_matrix():
     separate = model_of(n_src=9)
     count = lambda m: sum(p.numel() for p in m.parameters())
     assert count(separate) - count(model) == 2*9*16
-    logits = model(source([3], 3).clamp(max=8), torch.tensor([[1, 4]]))
-    assert 0.3 < logits.std() < 3        # of the order of 1 in spite of the scaling of the embeddings
+    embed = TokenEmbedding(500, 64, 8)    # drawn small for the output layer, scaled up to size 1 on the way in
+    scaled = embed(torch.arange(500)[:, None]) - sinusoidal_positions(1, 64)
+    assert abs(scaled.std() - 1) < 0.03 and abs(embed.tokens.weight.std()*8 - 1) < 0.03
 
 @few
 @given(st.integers(1, 50), st.integers(1, 16), st.integers(0, 20))
@@ -218,18 +235,19 @@ def test_sincos_2d_by_hand():
     assert table.shape == (6, 8)
     for y in range(2):
         for x in range(3):
-            want = [math.sin(x), math.sin(x/100), math.cos(x), math.cos(x/100), math.sin(y), math.sin(y/100), math.cos(y), math.cos(y/100)]
+            want = [f(place/slow) for place in (x, y) for f in (math.sin, math.cos) for slow in (1, 100)]
             close(table[3*y + x], torch.tensor(want), 1e-6)
 
 def test_sincos_2d_is_maes():
-    mae = pytest.importorskip('transformers.models.vit_mae.modeling_vit_mae', reason='needs transformers, whose MAE has these positions')
+    mae = pytest.importorskip('transformers.models.vit_mae.modeling_vit_mae',
+                              reason='needs transformers, whose MAE has these positions')
     embeddings = mae.ViTMAEEmbeddings(mae.ViTMAEConfig(hidden_size=32, image_size=32, patch_size=8))
     embeddings.initialize_weights()
     close(sincos_2d(4, 4, 32), embeddings.position_embeddings[0, 1:], 1e-5)
 
 def test_sincos_2d_is_simple_vits_order():
-    "SimpleViT (big_vision) has the same channels in the same order; only its frequencies end at 1/10000, ours just before it"
-    simple_vit = pytest.importorskip('vit_pytorch.simple_vit', reason='needs vit-pytorch, whose SimpleViT has such positions')
+    "SimpleViT has the same channels in the same order; only its frequencies end at 1/10000, ours just before it"
+    simple_vit = pytest.importorskip('vit_pytorch.simple_vit', reason='needs vit-pytorch for its SimpleViT')
     ours, theirs = sincos_2d(3, 5, 32), simple_vit.posemb_sincos_2d(3, 5, 32)
     close(ours[:, ::8], theirs[:, ::8], 1e-5)                                   # frequency 1, in both
 
@@ -243,7 +261,7 @@ def test_drop_path_and_layer_scale():
     x = torch.randn(4000, 3, 2) + 3
     out = DropPath(0.25)(x)
     dropped = (out == 0).all(dim=(1, 2))
-    assert torch.equal(dropped, (out == 0).any(dim=2).any(dim=1))              # a sample is left out whole or not at all
+    assert torch.equal(dropped, (out == 0).any(dim=2).any(dim=1))              # a sample is left out whole or not
     torch.testing.assert_close(out[~dropped], x[~dropped]/0.75)
     assert abs(dropped.float().mean() - 0.25) < 4*(0.25*0.75/4000)**0.5        # four standard errors
     assert torch.equal(DropPath(0.25).eval()(x), x)
@@ -253,8 +271,22 @@ def test_drop_path_and_layer_scale():
     block, plain = EncoderBlock(8, 2, layer_scale=0.1).eval(), EncoderBlock(8, 2).eval()
     block.load_state_dict(plain.state_dict() | {'ls1.gamma': block.ls1.gamma, 'ls2.gamma': block.ls2.gamma})
     with torch.no_grad():
-        plain.attn.proj.weight.mul_(0.1), plain.attn.proj.bias.mul_(0.1), plain.mlp.fc2.weight.mul_(0.1), plain.mlp.fc2.bias.mul_(0.1)
+        for p in (*plain.attn.proj.parameters(), *plain.mlp.fc2.parameters()): p.mul_(0.1)
     close(block(x[:5].repeat(1, 1, 4)), plain(x[:5].repeat(1, 1, 4)), 1e-5)
+
+def test_options_reach_the_attention():
+    "With qk_norm the size of the queries has no effect, without it has; bias, epsilon and rates arrive, too"
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    for qk_norm in (True, False):
+        block = EncoderBlock(16, 2, qk_norm=qk_norm, qkv_bias=False, norm_eps=1e-9)
+        before = block(x)
+        with torch.no_grad(): block.attn.qkv.weight[:16] *= 10
+        assert torch.allclose(block(x), before, atol=1e-5) == qk_norm
+    block = EncoderBlock(16, 2, mlp_ratio=2.5, norm_eps=1e-3, qk_norm=True, dropout=0.1, attn_dropout=0.2)
+    assert {m.eps for m in block.modules() if isinstance(m, nn.LayerNorm)} == {1e-3}
+    assert (block.mlp.fc1.out_features, block.attn.proj_drop.p, block.attn.attend.dropout) == (40, 0.1, 0.2)
+    assert Encoder(1408, 1, 16, mlp_ratio=6144/1408).blocks[0].mlp.fc1.out_features == 6144   # rounded, not cut
 
 def test_checkpointing_from_outside():
     "Blocks are looped over by the user: the gradients stay the same"
@@ -270,7 +302,8 @@ def test_compiles_in_one_graph(norm_first):
     torch.manual_seed(0)
     encoder, x = Encoder(16, 2, 2, norm_first=norm_first, layer_scale=0.1, qk_norm=True), torch.randn(2, 5, 16)
     close(torch.compile(encoder, fullgraph=True, backend='aot_eager')(x), encoder(x), 1e-5)
-    torch.compile(Encoder(16, 2, 2, drop_path=0.2, dropout=0.1), fullgraph=True, backend='aot_eager')(x).sum().backward()
+    noisy = Encoder(16, 2, 2, drop_path=0.2, dropout=0.1)
+    torch.compile(noisy, fullgraph=True, backend='aot_eager')(x).sum().backward()
     model, src, tgt = model_of(norm_first=norm_first), source([5, 3], 5), torch.randint(3, 9, (2, 4))
     close(torch.compile(model, fullgraph=True, backend='aot_eager')(src, tgt), model(src, tgt), 1e-5)
 
@@ -282,8 +315,10 @@ def test_bad_input_is_named():
         (ValueError, 'dim=6 must be divisible by 4', lambda: sincos_2d(2, 2, 6)),
         (ValueError, 'has 13 tokens.*max_len=12.*shorten', lambda: model(source([13], 13), tgt)),
         (ValueError, 'has 13 tokens.*max_len=12', lambda: model(src, source([13], 13).clamp(max=8))),
-        (ValueError, 'ids run from 3 to 11.*n_tokens=11', lambda: model(torch.tensor([[3, 11]]), tgt)),
+        (ValueError, 'ids run from 3 to 11: n_tokens=11 allows 0 to 10', lambda: model(torch.tensor([[3, 11]]), tgt)),
         (ValueError, 'ids run from -1 to 3', lambda: model(src, torch.tensor([[-1, 3]]))),
+        (ValueError, r'float32 of shape \(1, 2\), expected integers', lambda: model(src.float()[:, :2], tgt)),
+        (ValueError, r'shape \(2,\), expected integers \(b, n\)', lambda: model(src, tgt[0])),
         (ValueError, 'row 1 of src.*padding', lambda: model(torch.tensor([[3, 4], [0, 0]]), tgt.repeat(2, 1))),
         (ValueError, 'max_len=0 must lie between 1 and 12', lambda: model.generate(src, 0)),
         (ValueError, 'max_len=13 must lie between 1 and 12', lambda: model.generate(src, 13)),

@@ -5,7 +5,7 @@
 
 The directives `hide`, `echo: false` and `output: false` do what they do in nbdev's own pages.
 """
-import argparse, sys
+import argparse, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,10 +14,10 @@ HEAD = '<!-- made from nbs/index.ipynb by tools/make_readme.py: edit the noteboo
 
 def render():
     "`{path from the root: bytes}` of README.md and the pictures in it"
-    from execnb.nbio import nb2dict, read_nb
+    from execnb.nbio import nb2str, read_nb
     from nbconvert import MarkdownExporter
     from nbdev.process import extract_directives
-    from nbformat import from_dict
+    from nbformat import reads
     nb = read_nb(ROOT/'nbs'/'index.ipynb')
     cells = []
     for cell in nb.cells:
@@ -27,13 +27,13 @@ def render():
         if flags.get('echo:', [''])[0].lower() == 'false': cell.source = ''
         if cell.cell_type == 'code':
             for out in cell.outputs: out.get('data', {}).pop('text/html', None)   # GitHub shows the plain form as it stands
-            if 'image/png' not in str(cell.outputs) and not cell.source and not cell.outputs: continue
         cells.append(cell)
     nb.cells = cells
     body, resources = MarkdownExporter().from_notebook_node(
-        from_dict(nb2dict(nb)), resources={'output_files_dir': PICTURES, 'unique_key': 'readme'})
-    body = body.replace('```python\n\n```\n', '').replace('](images/', f']({PICTURES}/')
-    for name in ('png',): body = body.replace(f'![{name}](', '![](')
+        reads(nb2str(nb), as_version=4), resources={'output_files_dir': PICTURES, 'unique_key': 'readme'})
+    body = re.sub(r'```(python)?\n\n```\n', '', body)                                     # what `echo: false` leaves behind
+    body = re.sub(r'\]\(((?:images/|studies/)?[\w.-]+\.(?:ipynb|png))\)', r'](nbs/\1)', body)   # links are seen from the root here
+    body = re.sub(r' *\n!\[png\]\((.*?)\)\n *', r'\n![](\1)\n', body)
     while '\n\n\n' in body: body = body.replace('\n\n\n', '\n\n')
     return {'README.md': (HEAD + body.strip() + '\n').encode(), **resources['outputs']}
 

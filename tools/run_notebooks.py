@@ -13,10 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 def settle(text):
-    "What a terminal shows in the end of `text`, a progress bar's many lines being one"
-    lines = (line.rstrip('\n').split('\r')[-1] if '\r' in line.rstrip('\n') else line.rstrip('\n')
-             for line in ''.join(text).splitlines(True))
-    return [line.rstrip() + '\n' for line in lines if line.strip()]
+    "What a terminal shows in the end of `text`: of a line that a progress bar wrote over again and again, its last state"
+    lines = [(line.split('\r')[-1].rstrip(), '\r' in line) for line in ''.join(text).rstrip('\n').split('\n')]
+    return [line + '\n' for line, rewritten in lines if line or not rewritten]
 
 def run(path, skip):
     "Run one notebook; the outputs are written only if every cell succeeds"
@@ -54,7 +53,7 @@ def run(path, skip):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: all under nbs/')
-    parser.add_argument('--skip', nargs='*', default=[], help='flags of cells to leave as they are, such as slow')
+    parser.add_argument('--skip', metavar='FLAG', action='append', default=[], help='leave cells with this flag as they are, such as slow')
     parser.add_argument('--one', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one: sys.exit(run(args.notebooks[0].resolve(), args.skip))
@@ -62,7 +61,7 @@ def main():
     failed = []
     for path in notebooks:
         start = time.time()
-        code = subprocess.run([sys.executable, __file__, '--one', str(path), '--skip', *args.skip],
+        code = subprocess.run([sys.executable, __file__, '--one', str(path), *[f'--skip={flag}' for flag in args.skip]],
                               env={**os.environ, 'PYTHONWARNINGS': 'ignore'}).returncode
         print(f"{'failed' if code else 'ok':7}{time.time() - start:6.0f} s  {path}", flush=True)
         if code: failed.append(path)

@@ -30,10 +30,10 @@ from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_
 from .learner import vit_learner
 from .vit import ViT, ViTConfig, vit_config
 
-# %% ../nbs/08_cli.ipynb #15712a5f
+# %% ../nbs/08_cli.ipynb #dfeb3724
 DEFAULTS = {   # data set: model, epochs, batch size, highest learning rate of the one-cycle schedule
-    'digits':        dict(model='digits', epochs=60, bs=64, lr=3e-3),
-    'mnist':         dict(model='mnist', epochs=5, bs=128, lr=3e-3),
+    'digits':        dict(model='digits', epochs=100, bs=64, lr=3e-3),
+    'mnist':         dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'fashion_mnist': dict(model='mnist', epochs=10, bs=128, lr=3e-3),
     'cifar10':       dict(model='cifar', epochs=20, bs=128, lr=1e-3),
     'folder':        dict(model='cifar', epochs=20, bs=32, lr=1e-3),
@@ -55,14 +55,16 @@ def _positive(**values):
     for name, x in values.items():
         if not (x > 0 and math.isfinite(x)): raise ValueError(f"{name} is {x}, but must be above zero")
 
-# %% ../nbs/08_cli.ipynb #f9e9cfad
+# %% ../nbs/08_cli.ipynb #c25cd56d
 @contextmanager
 def _new_folder(out, force):
     "A hidden folder that becomes `out` if the block succeeds, and goes away if it fails"
     if out.exists() and not force: raise FileExistsError(f"{out} exists: choose another --out, or --force to replace it")
     if out.exists() and not _is_run(out): raise FileExistsError(f"{out} is not a run of vit_train, so --force does not replace it: choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}-'))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}-'))
+    except OSError as e: raise OSError(f"can't write to {out.parent} ({e.strerror}): choose another --out") from e
     try:
         yield tmp
         tmp.chmod(0o755)
@@ -159,7 +161,7 @@ def plot_predictions(images: Tensor, targets: Tensor, probs: Tensor, labels: lis
         ax.set_title(f'{labels[g]} {probs[i, g]:.0%}' + ('' if g == t else f'\ntrue: {labels[t]}'), fontsize=8, color='black' if g == t else 'tab:red')
     return fig
 
-# %% ../nbs/08_cli.ipynb #5bc08e93
+# %% ../nbs/08_cli.ipynb #4813a686
 def _data_name(data, path):
     "Which entry of `DEFAULTS` is meant by `data`, and the path it is read from"
     if data in LOADERS: return data, path
@@ -207,6 +209,7 @@ def train(
     model, epochs, bs, lr = (defaults[k] if v is None else v for k, v in dict(model=model, epochs=epochs, bs=bs, lr=lr).items())
     _positive(epochs=epochs, bs=bs, lr=lr)
     device = _get_device(device)
+    if data == 'digits' and path is not None: raise ValueError("the digits come with scikit-learn: leave out --path, or name the data with --data")
     size = dict(img_size=img_size) if img_size is not None else {}
     if size and data != 'folder': raise ValueError(f"the images of {data} have a size of their own: leave out --img_size")
     config = vit_config(model, **size)
@@ -230,7 +233,7 @@ def train(
         seconds, done = time.perf_counter() - start, len(learn.recorder.values)
         if interrupted and not done: raise KeyboardInterrupt("stopped before the first epoch was complete: nothing was kept")
         if not interrupted and done < epochs:   # TerminateOnNaNCallback has ended it
-            raise ValueError(f"the loss became {float(learn.loss)} in epoch {done + 1}, step {len(learn.recorder.losses) + 1}: try a lower --lr than {lr}")
+            raise ValueError(f"the loss is no longer a finite number in epoch {done + 1}, step {len(learn.recorder.losses) + 1}: try a lower --lr than {lr}")
         facts = dict(data=data, name=model, seed=seed, epochs=epochs, epochs_done=done, bs=bs, lr=lr, device=str(device),
                      seconds=round(seconds, 1), interrupted=interrupted)
         accuracy = _write_results(learn, dls, tmp, facts)

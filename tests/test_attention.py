@@ -1,0 +1,288 @@
+"""Attention against torch on random inputs: outputs, weights, gradients, masks, and what is recorded beside the fused kernel."""
+import copy, gc, weakref
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from vit_nbdev.attention import (FusedAttention, MultiHeadAttention, attention_weights, causal_mask, padding_mask, plot_attention,
+                                 record_attention, scaled_dot_product_attention)
+
+settings.register_profile('here', deadline=None, max_examples=40, derandomize=True)
+settings.load_profile('here')
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+seeds, sizes = st.integers(0, 2**16), st.integers(1, 9)
+dtypes = st.sampled_from(list(TOLERANCE))
+masks = st.sampled_from([None, 'causal', 'padding', 'random', 'float', 'per head'])
+
+def close(a, b, tol, what=''):
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol, msg=lambda m: f'{what}: {m}')
+
+def make_mask(kind, b, h, n, m, dtype):
+    "A mask of each kind; every query may attend to one key at least"
+    if kind is None: return None
+    if kind == 'causal': return torch.ones(n, m, dtype=torch.bool).tril()
+    if kind == 'padding': return padding_mask(torch.randint(1, m + 1, (b,)), m)
+    if kind == 'float': return torch.randn(b, 1, n, m, dtype=dtype)
+    mask = torch.rand(b, h if kind == 'per head' else 1, n, m) > 0.5
+    mask[..., 0] = True
+    return mask
+
+def grads(out, inputs): return torch.autograd.grad((out*torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum(), inputs)
+
+@given(seeds, sizes, sizes, sizes, st.integers(1, 4), sizes, dtypes, masks)
+def test_reference_equals_torch(seed, b, n, m, h, d, dtype, kind):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(b, h, length, d, dtype=dtype, requires_grad=True) for length in (n, m, m))
+    mask = make_mask(kind, b, h, n, m, dtype)
+    ours, weights = scaled_dot_product_attention(q, k, v, mask)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    tol = TOLERANCE[dtype]
+    close(ours, theirs, tol, 'outputs')
+    close(weights @ v, theirs, tol, 'weights')
+    for name, a, b in zip('qkv', grads(ours, (q, k, v)), grads(theirs, (q, k, v))): close(a, b, 10*tol, f'gradient of {name}')
+    close(FusedAttention()(q, k, v, mask), theirs, tol, 'fused')
+
+@given(seeds, sizes, sizes, st.sampled_from([(4, 1), (4, 4), (12, 3), (8, 2)]), dtypes, masks, st.booleans(), st.booleans())
+def test_module_equals_torch(seed, b, n, dim_heads, dtype, kind, bias, batch_first):
+    "Self-attention on copied weights: output, weights, and the gradients of the input and of all parameters"
+    (dim, h), tol = dim_heads, TOLERANCE[dtype]
+    torch.manual_seed(seed)
+    theirs = nn.MultiheadAttention(dim, h, bias=bias, batch_first=batch_first, dtype=dtype)
+    ours = MultiHeadAttention.from_torch(theirs)
+    x = torch.randn(b, n, dim, dtype=dtype, requires_grad=True)
+    mask = make_mask(kind, b, h, n, n, dtype)
+    other = mask if mask is None else (mask if mask.is_floating_point() else ~mask).expand(b, h, n, n).flatten(0, 1)
+    y = x if batch_first else x.transpose(0, 1)
+    with record_attention(ours) as recorded: out = ours(x, mask=mask)
+    expected, weights = theirs(y, y, y, attn_mask=other, average_attn_weights=False)
+    expected = expected if batch_first else expected.transpose(0, 1)
+    close(out, expected, tol, 'outputs')
+    close(recorded[''], weights, tol, 'weights')
+    names = ['qkv.weight', 'proj.weight'] + (['qkv.bias', 'proj.bias'] if bias else [])
+    mine = grads(out, [x, *(dict(ours.named_parameters())[k] for k in names)])
+    torchs = grads(expected, [x, theirs.in_proj_weight, theirs.out_proj.weight] + ([theirs.in_proj_bias, theirs.out_proj.bias] if bias else []))
+    assert len(dict(ours.named_parameters())) == len(names)
+    for name, a, c in zip(['x', *names], mine, torchs): close(a, c, 20*tol, f'gradient of {name}')
+    back = ours.to_torch(batch_first=batch_first)
+    assert back.state_dict().keys() == theirs.state_dict().keys()
+    for key, value in theirs.state_dict().items(): assert torch.equal(back.state_dict()[key], value), key
+
+@given(seeds, sizes, sizes, sizes, st.sampled_from([8, 5, 3]), dtypes)
+def test_cross_attention_equals_torch(seed, b, n, m, kv_dim, dtype):
+    torch.manual_seed(seed)
+    theirs = nn.MultiheadAttention(8, 2, kdim=kv_dim, vdim=kv_dim, batch_first=True, dtype=dtype)
+    ours = MultiHeadAttention.from_torch(theirs)
+    x, context = torch.randn(b, n, 8, dtype=dtype, requires_grad=True), torch.randn(b, m, kv_dim, dtype=dtype, requires_grad=True)
+    out, expected = ours(x, context), theirs(x, context, context)[0]
+    close(out, expected, TOLERANCE[dtype])
+    for a, c in zip(grads(out, (x, context)), grads(expected, (x, context))): close(a, c, 10*TOLERANCE[dtype])
+    back = ours.to_torch()
+    for key, value in theirs.state_dict().items(): assert torch.equal(back.state_dict()[key], value), key
+
+def test_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    attn = MultiHeadAttention(6, 2, kv_dim=4, qk_norm=True).double()
+    x, context = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    mask = make_mask('random', 2, 2, 3, 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, c: attn(x, c, mask), (x, context))
+    q, k, v = (torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 4, 4))
+    assert torch.autograd.gradcheck(lambda *a: scaled_dot_product_attention(*a, mask=torch.zeros(3, 4, dtype=torch.float64))[0], (q, k, v))
+
+def test_bfloat16_is_no_worse_than_torch():
+    "Errors against float64, over 20 draws: ours must not be larger than those of torch's own module"
+    ours_err, torch_err = [], []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        exact = nn.MultiheadAttention(64, 4, batch_first=True, dtype=torch.float64)
+        x = torch.randn(2, 33, 64, dtype=torch.float64)
+        half, y = copy.deepcopy(exact).bfloat16(), x.bfloat16()
+        expected = exact(x, x, x, need_weights=False)[0]
+        ours_err.append((MultiHeadAttention.from_torch(half)(y).double() - expected).norm())
+        torch_err.append((half(y, y, y, need_weights=False)[0].double() - expected).norm())
+    assert torch.stack(ours_err).mean() <= 1.05*torch.stack(torch_err).mean()
+
+def test_dropout_is_dropout_of_the_weights():
+    "The mean over many draws is the output without dropout, and evaluation drops nothing"
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3))
+    expected = scaled_dot_product_attention(q, k, v)[0]
+    for attend in (lambda: scaled_dot_product_attention(q.expand(4000, 1, 4, 8), k.expand(4000, 1, 4, 8), v.expand(4000, 1, 4, 8), dropout=0.3)[0],
+                   lambda: FusedAttention(0.3)(q.expand(4000, 1, 4, 8), k.expand(4000, 1, 4, 8), v.expand(4000, 1, 4, 8))):
+        draws = attend()
+        error = (draws.mean(0) - expected[0])/(draws.std(0)/4000**0.5)
+        assert draws.std(0).min() > 0.01 and error.abs().max() < 5           # five standard errors
+    close(FusedAttention(0.3).eval()(q, k, v), expected, 1e-12)
+
+# --- masks ---
+
+@given(seeds, st.integers(2, 12), st.data())
+def test_the_future_is_not_seen(seed, n, data):
+    "Change a token, and all outputs before it stay bit-equal, through the module and its fused kernel"
+    t = data.draw(st.integers(1, n - 1))
+    torch.manual_seed(seed)
+    attn, x = MultiHeadAttention(8, 2), torch.randn(2, n, 8)
+    changed = x.clone()
+    changed[:, t] = 1000*torch.randn(2, 8)
+    a, b = attn(x, mask=causal_mask(n)), attn(changed, mask=causal_mask(n))
+    assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t], b[:, t])
+
+@given(seeds, st.integers(2, 12), st.data())
+def test_padding_is_not_seen(seed, n, data):
+    lengths = torch.tensor([data.draw(st.integers(0, n - 1)), n])
+    torch.manual_seed(seed)
+    attn, x = MultiHeadAttention(8, 2), torch.randn(2, n, 8)
+    changed = x.clone()
+    changed[0, lengths[0]:] = 1000.
+    a, b = (attn(x, context, mask=padding_mask(lengths, n)) for context in (x, changed))
+    assert torch.equal(a, b)
+
+@pytest.mark.parametrize('mask_kind', ['bool', 'float'])
+@pytest.mark.parametrize('backend', ['FLASH_ATTENTION', 'MATH'])
+def test_blind_queries_get_zeros(backend, mask_kind):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    mask = torch.ones(2, 1, 4, 5, dtype=torch.bool)
+    mask[0, :, 1], mask[1] = False, False
+    if mask_kind == 'float': mask = torch.zeros(2, 1, 4, 5).masked_fill(~mask, -torch.inf)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (4, 5, 5))
+    with sdpa_kernel([getattr(SDPBackend, backend)]): outs = [scaled_dot_product_attention(q, k, v, mask)[0], FusedAttention()(q, k, v, mask)]
+    for out in outs:
+        g = torch.autograd.grad(out.pow(2).sum(), (q, k, v))
+        assert out[0, :, 1].abs().max() == 0 and out[1].abs().max() == 0 and out[0, :, 0].abs().min() > 0
+        assert g[0][0, :, 1].abs().max() == 0 and not any(t.isnan().any() for t in g)
+    close(*outs, 1e-5)
+
+@pytest.mark.parametrize('n, m', [(0, 3), (3, 0), (0, 0)])
+def test_empty_sequences(n, m):
+    "No query, no output; a query without keys gets the bias of the output projection"
+    attn = MultiHeadAttention(8, 2, kv_dim=4)
+    nn.init.normal_(attn.proj.bias)
+    out = attn(torch.randn(2, n, 8), torch.randn(2, m, 4))
+    assert out.shape == (2, n, 8) and torch.equal(out, attn.proj.bias.expand(2, n, 8))
+
+def test_causal_mask_of_a_cache():
+    for n, m in ((1, 1), (2, 5), (5, 5)): assert torch.equal(causal_mask(n, m), causal_mask(m)[m - n:])
+
+# --- recording ---
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = MultiHeadAttention(8, 2, dropout=0.4, qk_norm=True), MultiHeadAttention(8, 4)
+    def forward(self, x): return self.b(self.a(x), x, causal_mask(x.shape[1]))
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('grad', [True, False])
+def test_recording_changes_no_bit(training, grad):
+    torch.manual_seed(0)
+    net, x = Net().train(training), torch.randn(2, 5, 8)
+    def run():
+        torch.manual_seed(1)                  # the dropout draws the same numbers
+        with torch.set_grad_enabled(grad): out = net(x)
+        return out, torch.autograd.grad(out.sum(), list(net.parameters())) if grad else ()
+    out, g = run()
+    with record_attention(net) as weights: out2, g2 = run()
+    assert torch.equal(out, out2) and all(map(torch.equal, g, g2))
+    assert {k: v.shape for k, v in weights.items()} == {'a': (2, 2, 5, 5), 'b': (2, 4, 5, 5)}
+    assert not any(w.requires_grad for w in weights.values())
+    for w in weights.values(): close(w.sum(-1), torch.ones(w.shape[:-1]), 1e-6)
+    assert torch.equal(weights['b'] > 0, causal_mask(5).expand(2, 4, 5, 5))
+
+def test_recording_in_training_is_before_dropout():
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(2, 5, 8)
+    with record_attention(net.train(), ['a']) as training: net(x)
+    with record_attention(net.eval(), ['a']) as evaluation: net(x)
+    assert torch.equal(training['a'], evaluation['a'])
+
+def test_recording_lets_go():
+    "After the block no hook is left, and the weights keep nothing else alive"
+    net, x = Net(), torch.randn(2, 5, 8)
+    with record_attention(net) as weights: activation = weakref.ref(net(x))
+    assert not any(m._forward_hooks for m in net.modules())
+    alive = weakref.ref(net)
+    del net
+    gc.collect()
+    assert alive() is None and activation() is None and len(weights) == 2
+    held = [weakref.ref(w) for w in weights.values()]
+    del weights
+    gc.collect()
+    assert not any(h() is not None for h in held)
+
+def test_recording_survives_an_error_and_nests():
+    net, x = Net(), torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match='expected'), record_attention(net): net(x[..., :4])
+    assert not any(m._forward_hooks for m in net.modules())
+    with record_attention(net) as outer:
+        with record_attention(net, ['b']) as inner: net(x)
+        first = outer['b']
+        net(2*x)
+    assert list(inner) == ['b'] and torch.equal(inner['b'], first) and not torch.equal(outer['b'], first)
+
+def test_recording_nothing_is_not_silent():
+    "A module that is there but never runs, and a compiled model, whose code was made without the hooks"
+    net, x = Net().eval(), torch.randn(2, 5, 8)
+    with pytest.raises(RuntimeError, match='no attention module ran'), record_attention(net): pass
+    compiled = torch.compile(net, backend='eager')
+    compiled(x)
+    with record_attention(net) as expected: net(x)
+    try:
+        with record_attention(compiled) as weights: compiled(x)
+    except RuntimeError as e: assert 'uncompiled' in str(e)                       # either it says so,
+    else: assert all(torch.equal(a, b) for a, b in zip(weights.values(), expected.values())) and len(weights) == 2   # or it is right
+
+# --- bad input ---
+
+def bad(error, match, f):
+    with pytest.raises(error, match=match) as e: f()
+    assert '\n' not in str(e.value)
+
+def test_bad_input():
+    attn, cross, x = MultiHeadAttention(8, 2), MultiHeadAttention(8, 2, kv_dim=6), torch.randn(2, 5, 8)
+    bad(ValueError, r'dim=10 can.t be split into n_heads=4', lambda: MultiHeadAttention(10, 4))
+    bad(ValueError, r'dim=8 can.t be split into n_heads=0', lambda: MultiHeadAttention(8, 0))
+    bad(ValueError, r'x has shape \(2, 5, 7\), expected \(b, n, 8\)', lambda: attn(x[..., :7]))
+    bad(ValueError, r'x has shape \(5, 8\)', lambda: attn(x[0]))
+    bad(ValueError, r'context has shape \(2, 5, 8\), expected \(2, m, 6\)', lambda: cross(x, x))
+    bad(ValueError, r'context has shape \(3, 4, 6\), expected \(2, m, 6\)', lambda: cross(x, torch.zeros(3, 4, 6)))
+    bad(ValueError, 'context is missing', lambda: cross(x))
+    bad(TypeError, 'x is torch.float32 but context is torch.float64', lambda: attn(x, x.double()))
+    bad(ValueError, 'x is on cpu but context is on meta', lambda: attn(x, x.to('meta')))
+    bad(ValueError, 'x is on cpu but mask is on meta', lambda: attn(x, mask=causal_mask(5, device='meta')))
+    bad(TypeError, 'mask has dtype torch.int64', lambda: attn(x, mask=torch.ones(5, 5).long()))
+    bad(TypeError, 'mask must be a tensor, got list', lambda: attn(x, mask=[True]))
+    bad(ValueError, r'mask has shape \(4, 5\), which does not broadcast to the weights \(2, 2, 5, 5\)', lambda: attn(x, mask=torch.ones(4, 5, dtype=torch.bool)))
+    bad(ValueError, 'is its first size the batch or the heads', lambda: attn(x, mask=torch.ones(2, 5, 5, dtype=torch.bool)))
+    q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    bad(ValueError, 'q has width 4 but k has 3', lambda: scaled_dot_product_attention(q, k[..., :3], k))
+    bad(ValueError, '5 keys but 4 values', lambda: scaled_dot_product_attention(q, k, k[:, :4]))
+    bad(ValueError, r'q has shape \(2, 3, 4\) but k has \(1, 5, 4\)', lambda: scaled_dot_product_attention(q, k[:1], k))
+    bad(TypeError, 'q is torch.float32 but v is torch.float64', lambda: scaled_dot_product_attention(q, k, k.double()))
+    bad(ValueError, 'q is on cpu but k is on meta', lambda: scaled_dot_product_attention(q, k.to('meta'), k))
+    bad(ValueError, 'lengths must be a row of integers', lambda: padding_mask(torch.tensor([1.5]), 3))
+    bad(ValueError, 'lengths run from -1 to 2', lambda: padding_mask([-1, 2], 3))
+    bad(ValueError, r'expected \(n, m\) or \(h, n, m\)', lambda: plot_attention(torch.zeros(1, 2, 3, 3)))
+    bad(ValueError, 'q_labels holds 2 labels, expected 3', lambda: plot_attention(torch.zeros(3, 3), ['a', 'b']))
+
+@pytest.mark.parametrize('kwargs, why', [(dict(add_bias_kv=True), 'add_bias_kv'), (dict(add_zero_attn=True), 'add_zero_attn'), (dict(kdim=3, vdim=5), 'kdim=3 and vdim=5')])
+def test_what_cannot_be_converted(kwargs, why): bad(ValueError, why, lambda: MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, **kwargs)))
+
+def test_plot_attention():
+    "A picture per head, the labels at their places, and the weights as they are"
+    w = torch.rand(3, 2, 4).softmax(-1)
+    fig = plot_attention(w, ['a', 'b'], ['w', 'x', 'y', 'z'], ncols=2)
+    axes = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_title() for ax in axes] == ['head 0', 'head 1', 'head 2']
+    for ax, head in zip(axes, w):
+        close(torch.tensor(ax.images[0].get_array().data), head, 1e-6)
+        assert [t.get_text() for t in ax.get_yticklabels()] == ['a', 'b'] and [t.get_text() for t in ax.get_xticklabels()] == ['w', 'x', 'y', 'z']
+
+def test_compiles_without_a_break():
+    torch.manual_seed(0)
+    attn, x = MultiHeadAttention(8, 2), torch.randn(2, 5, 8)
+    out = torch.compile(attn, fullgraph=True, backend='aot_eager')(x, mask=causal_mask(5))
+    close(out, attn(x, mask=causal_mask(5)), 1e-6)
