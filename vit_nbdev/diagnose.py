@@ -648,7 +648,7 @@ def check_attention(
         if call.name and call.name in names: calls.setdefault(type(call.module), call)
     for call in calls.values():
         if torn := _torn(p, call):
-            add('error', call.name, *torn, 'Split heads by view(b, n, h, d).transpose(1, 2), merge them by the inverse.')
+            add('error', call.name, *torn, 'Split heads by view(b, n, h, d).transpose(1, 2), merge by the inverse.')
     return list(found.values())
 
 # %% ../nbs/07_diagnose.ipynb #df25045b
