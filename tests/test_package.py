@@ -17,8 +17,8 @@ import vit_nbdev
 print("fastcore", fastcore.__version__, "fastai", fastai.__version__, "from", vit_nbdev.__file__)
 '''
 
-def run(*args, **env):
-    done = subprocess.run([sys.executable, *map(str, args)], env=os.environ | env, capture_output=True, text=True)
+def run(*args, cwd=ROOT, **env):
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -49,10 +49,10 @@ def test_wheel_is_complete(wheel):
     assert not any(r.startswith(('nbdev', 'execnb', 'pytest')) for r in needed), needed
 
 def test_wheel_works_without_nbdev(wheel, tmp_path):
-    "The library from the wheel, with an nbdev that can't be imported"
+    "The library from the wheel, not from this folder, with an nbdev that can't be imported"
     run('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
     (tmp_path/'site'/'nbdev.py').write_text('raise ImportError("nbdev must not be needed")')
-    out = run('-c', TRAIN, tmp_path/'run', PYTHONPATH=str(tmp_path/'site'))
+    out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
     assert str(tmp_path/'site') in out and 'fastcore 1.' in out
 
 def test_newest_fastai_and_fastcore(wheel, tmp_path):
@@ -60,7 +60,7 @@ def test_newest_fastai_and_fastcore(wheel, tmp_path):
     newest = ['fastai', 'fastcore>=2', 'fasttransform', 'fastprogress', 'plum-dispatch<2.10']
     got = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel, *newest], capture_output=True, text=True)
     if got.returncode: pytest.skip(f'the newest fastai can not be had here: {got.stderr.strip().splitlines()[-1]}')
-    out = run('-c', TRAIN, tmp_path/'run', PYTHONPATH=str(tmp_path/'site'))
+    out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
     assert str(tmp_path/'site') in out and 'fastcore 2.' in out
 
 def test_light_imports():
