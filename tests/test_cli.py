@@ -15,7 +15,8 @@ def command(name): return [str(Path(sys.executable).parent/name)]    # the progr
 
 def start(name, *args, cwd):
     return subprocess.Popen([*command(name), *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {'PYTHONUNBUFFERED': '1'})
+                            env=os.environ | {'PYTHONUNBUFFERED': '1'},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background jobs ignore it
 
 def shell(name, *args, cwd):
     process = start(name, *args, cwd=cwd)
@@ -215,7 +216,8 @@ def interrupt(cwd, ready, timeout=240):
     until = time.time() + timeout
     while not ready() and process.poll() is None and time.time() < until: time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=timeout)
+    try: out, err = process.communicate(timeout=timeout)
+    finally: process.kill()
     return process.returncode, out, err
 
 def test_interrupt_keeps_what_was_learned(tmp_path):
