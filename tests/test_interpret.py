@@ -586,3 +586,120 @@ def test_everything_has_a_name(open_page):
     pointers = """[...document.querySelectorAll('[aria-describedby], [aria-labelledby], [for]')].flatMap(e =>
         ['aria-describedby', 'aria-labelledby', 'for'].flatMap(a => (e.getAttribute(a) || '').split(' ').filter(Boolean))).filter(id => !document.getElementById(id))"""
     assert tab.evaluate(pointers) == [] and tab.get_attribute('html', 'lang') == 'en'
+
+# --- published models, converted ---
+
+def timm_maps(x):
+    "A timm model with random weights, and the weights after its softmax where it is told not to fuse"
+    timm = pytest.importorskip('timm')
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=3, num_heads=3, num_classes=10, reg_tokens=2).eval()
+    maps = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda m, args, out: maps.append(out))
+    model(x)
+    return model, maps
+
+def torchvision_maps(x):
+    "The same of torchvision, whose attention can be asked for its weights"
+    from torchvision.models.vision_transformer import VisionTransformer
+    model, maps = VisionTransformer(32, 8, 3, 3, 192, 384, num_classes=10).eval(), []
+    nn.init.normal_(model.heads.head.weight)                                   # torchvision starts it with zeros
+    inputs = []
+    for layer in model.encoder.layers: layer.ln_1.register_forward_hook(lambda m, args, out: inputs.append(out))
+    model(x)
+    for layer, t in zip(model.encoder.layers, inputs): maps.append(layer.self_attention(t, t, t, need_weights=True, average_attn_weights=False)[1])
+    return model, maps
+
+def transformers_maps(x):
+    "The same of transformers, which returns them in its slow mode"
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, image_size=32, patch_size=8,
+                                    num_labels=10, attn_implementation='eager')
+    model = transformers.ViTForImageClassification(config).eval()
+    return model, model(x, output_attentions=True).attentions
+
+@pytest.mark.parametrize('published', [timm_maps, torchvision_maps, transformers_maps])
+def test_converted_models(published, tmp_path):
+    "What we show of a converted model is what the original attends to"
+    from vit_nbdev.pretrained import load_pretrained
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(): theirs, maps = published(x)
+    model = load_pretrained(theirs.state_dict())
+    torch.testing.assert_close(attention_maps(model, x), torch.stack(list(maps), 1), atol=1e-5, rtol=0)
+    assert model.config.n_registers == (2 if published is timm_maps else 0)
+    for method in METHODS: assert heat_map(model, x, method).shape == (2, 4, 4) and heat_map(model, x, method).std() > 0
+    double = model.double()
+    torch.testing.assert_close(relevance(double, x.double()), reference_relevance(double, x.double(), None), atol=1e-9, rtol=1e-7)
+    assert data_of(explore(model.float(), x))['prefix'][0] == 'class token'
+    with pytest.raises(TypeError, match='vit_nbdev.pretrained converts published models'): attention_maps(theirs, x)
+
+# --- vit_explain ---
+
+@pytest.fixture(scope='module')
+def run_folder(tmp_path_factory):
+    from vit_nbdev.cli import save_model
+    run = tmp_path_factory.mktemp('run')
+    save_model(make(pool='cls', n_registers=1), run, dict(img_size=8, in_chans=1, mean=[0.3], std=[0.4], labels=[f'digit {i}' for i in range(10)]))
+    return run
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, run_folder):
+    "A folder with a run, some images, and the command as pip would install it"
+    from PIL import Image
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, tmp_path/'run')
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate([(8, 8), (8, 8), (40, 30, 3)]): Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(f'{i}.png')
+    Path('note.png').write_text('no image')
+    Path('vit_explain.py').write_text('from vit_nbdev.cli import vit_explain\nif __name__ == "__main__": vit_explain()\n')
+    return tmp_path
+
+def vit_explain(*args):
+    done = subprocess.run([sys.executable, 'vit_explain.py', *map(str, args)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+def test_vit_explain(folder):
+    "The page shows what the model attends to in these very pixels"
+    from vit_nbdev.cli import load_model
+    from vit_nbdev.data import read_image
+    code, out, err = vit_explain('run', '0.png', '2.png', '--out', 'page.html')
+    assert code == 0, err
+    assert out.strip().endswith('shows 2 images: open it in a browser') and out.startswith('page.html (')
+    facts, model = data_of(Path('page.html').read_text(encoding='utf-8')), load_model('run')[0]
+    for entry, name in zip(facts['images'], ('0.png', '2.png'), strict=True):
+        x = (read_image(name, 8, 1)[None]/255 - 0.3)/0.4
+        maps = attention_maps(model, x)[0].flatten(0, 1)
+        assert entry['title'] == name and entry['probs'][0][0] == f'digit {model(x).argmax()}'
+        assert np.abs(weights_of(entry, 'maps', 'scale', 18) - maps.numpy()).max() <= 0.501*maps.max().item()/255
+    code, out, _ = vit_explain('run', '1.png')
+    assert code == 0 and 'shows 1 image:' in out and Path('attention.html').exists()
+
+BAD_EXPLAIN = {
+    'a page that exists': (dict(out='note.png'), 'note.png exists: choose another --out, or --force'),
+    'a folder as page': (dict(out='run', force=True), 'run exists: choose another --out'),
+    'no such folder': (dict(out='no/page.html'), 'there is no folder no for page.html'),
+    'no such run': (dict(run='runs'), 'there is no run folder runs'),
+    'no such image': (dict(images=['0.png', '9.png']), 'there is no file 9.png'),
+    'not an image': (dict(images=['note.png']), "note.png can't be read as an image"),
+}
+
+@pytest.mark.parametrize('name', BAD_EXPLAIN)
+def test_vit_explain_says_what_is_wrong(name, folder):
+    from vit_nbdev import cli
+    changes, message = BAD_EXPLAIN[name]
+    before = {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+    with pytest.raises(SystemExit) as e: cli.vit_explain.__wrapped__(**dict(run='run', images=['0.png']) | changes)
+    assert str(e.value).startswith('vit_explain: ') and message in str(e.value) and '\n' not in str(e.value)
+    assert {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()} == before
+
+def test_vit_explain_replaces_a_page_when_told(folder):
+    from vit_nbdev import cli
+    cli.explain('run', ['0.png'], 'page.html')
+    cli.explain('run', ['1.png'], 'page.html', force=True)
+    assert data_of(Path('page.html').read_text(encoding='utf-8'))['images'][0]['title'] == '1.png'
+
+def test_interpret_imports_nothing_heavy():
+    code = "import sys, vit_nbdev.interpret; loaded = {'fastai', 'matplotlib', 'sklearn', 'torchvision', 'pandas', 'IPython'} & set(sys.modules); assert not loaded, loaded"
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -328,7 +328,7 @@ def head_similarity(
     "Correlation between the maps of any two heads, over all images, queries and keys"
     return torch.corrcoef(maps.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1))
 
-# %% ../nbs/06_interpret.ipynb #d437e2a2
+# %% ../nbs/06_interpret.ipynb #e681e2c0
 def embedding_map(
     model: ViT,                       # any configuration
     x: Tensor,                        # images `(b c h w)`, normalised as in training: a few thousand at most
@@ -338,6 +338,7 @@ def embedding_map(
     bs: int = 256,                    # images at a time
 ):                                    # the matplotlib figure
     "The vectors that the head reads, laid out in two dimensions by t-SNE (van der Maaten 2008); mistakes are marked"
+    from matplotlib.patheffects import withStroke
     from sklearn.manifold import TSNE
     if len(x) < 3 or len(x) != len(y): raise ValueError(f"there are {len(x)} images and {len(y)} classes, expected as many, and three or more")
     with _evaluating(model), torch.no_grad():
@@ -349,7 +350,8 @@ def embedding_map(
         part = xy[(y == i).cpu()]
         if not len(part): continue
         ax.scatter(*part.T, s=6, color=f'C{i % 10}', linewidths=0)
-        ax.text(*np.median(part, axis=0), label, fontsize=11, fontweight='bold', ha='center', va='center', bbox=dict(boxstyle='round,pad=0.2', fc='white', ec=f'C{i % 10}', alpha=0.85))
+        ax.annotate(label, np.median(part, axis=0), xytext=(0, 9), textcoords='offset points', ha='center', fontweight='bold',
+                    path_effects=[withStroke(linewidth=3, foreground='white')])
     ax.scatter(*xy[wrong].T, s=28, marker='x', color='black', linewidths=1, label=f'mistakes: {int(wrong.sum())} of {len(y)}')
     ax.legend(loc='upper left', fontsize=8)
     ax.set(xticks=[], yticks=[])
