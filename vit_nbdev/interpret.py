@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from .attention import FusedAttention, attention_weights, record_attention
 from .vit import PatchEmbedding, ViT, _grid
 
-# %% ../nbs/06_interpret.ipynb #4c3eae3e
+# %% ../nbs/06_interpret.ipynb #562c82c6
 @contextmanager
 def _evaluating(model):
     "Dropout and the like are off inside the block; afterwards every part is in the mode it was in"
     if not isinstance(model, ViT):
-        raise TypeError(f"model is a {type(model).__name__}, expected a ViT of vit_nbdev, whose attention can be recorded: "
-                        "a Learner has it as learn.model, and vit_nbdev.pretrained converts published models")
+        raise TypeError(f"model is a {type(model).__name__}, expected a ViT of vit_nbdev: a Learner has it as learn.model, "
+                        "and vit_nbdev.pretrained converts published models")
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try: yield
@@ -37,13 +37,15 @@ def _evaluating(model):
 
 def _images(x):
     "`x` as an ordinary tensor; fastai's kinds are tensors, too"
-    if not isinstance(x, Tensor): raise TypeError(f"images are a {type(x).__name__}, expected a tensor (b, c, h, w), normalised as in training")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images are a {type(x).__name__}, expected a tensor (b, c, h, w), normalised as in training")
     return x.as_subclass(Tensor)
 
 def _one_image(image):
     "A batch of the one `image`, which is checked"
     image = _images(image)
-    if image.dim() != 3: raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): choose one of a batch, x[0]")
+    if image.dim() != 3:
+        raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): choose one of a batch, x[0]")
     return image[None]
 
 def _record(model, x):
@@ -78,24 +80,25 @@ def attention_rollout(
     for step in steps[1:]: out.append(step @ out[-1])
     return torch.stack(out, dim=1)
 
-# %% ../nbs/06_interpret.ipynb #57fa405c
+# %% ../nbs/06_interpret.ipynb #91b8354b
 def _targets(model, target, n):
     "Classes of `n` images `(n)`, which are checked; None where the model is to say"
-    if not model.config.n_classes: raise ValueError("the model has no head (n_classes=0), so there is no class to explain: use one with a head")
+    n_classes = model.config.n_classes
+    if not n_classes: raise ValueError("the model has no head (n_classes=0), so there is no class to explain")
     if target is None: return None
     target = torch.as_tensor(target, device=model.head.weight.device)
     if target.is_floating_point() or target.shape not in ((), (n,)):
-        raise ValueError(f"target is {target.dtype} of shape {tuple(target.shape)}, expected a class index, or {n} of them, one per image")
-    lowest, highest, n_classes = target.min().item(), target.max().item(), model.config.n_classes
-    if lowest < 0 or highest >= n_classes:
-        raise ValueError(f"target={lowest if lowest < 0 else highest}, but the model has {n_classes} classes: 0 to {n_classes - 1}")
+        raise ValueError(f"target is {target.dtype} of shape {tuple(target.shape)}, expected a class index, or {n} of them, "
+                         "one per image")
+    bad = target[(target < 0) | (target >= n_classes)].flatten().tolist()
+    if bad: raise ValueError(f"target={bad[0]}, but the model has {n_classes} classes: 0 to {n_classes - 1}")
     return target.expand(n)
 
-# %% ../nbs/06_interpret.ipynb #0013d907
+# %% ../nbs/06_interpret.ipynb #712adcda
 def relevance(
     model: ViT,                       # any configuration
     x: Tensor,                        # images `(b c h w)`, normalised as in training
-    target: int|Tensor|None = None,   # class that is to be explained, or one per image `(b)`; default: what the model predicts
+    target: int|Tensor|None = None,   # the class in question, or one per image `(b)`; default: the predicted one
 ) -> Tensor:                          # `(b n)`: how much each token speaks for the class
     "Attention weighted with its gradient, added up through the blocks (Chefer 2021, equations 5 and 6)"
     x, calls = _images(x), []
@@ -118,16 +121,17 @@ def relevance(
     return r[:, 0] if model.config.pool == 'cls' else r[:, model.n_prefix:].mean(dim=1)
 
 def _positive(q, k, v, mask, out, grad):
-    "Positive part of weights times their gradient, mean of the heads `(b n m)`; `out = weights @ v`, hence the gradient"
+    "Positive part of weights times their gradient, which follows from `out = weights @ v`; mean of the heads `(b n m)`"
     weights = attention_weights(q, k, mask)
     return (weights*(grad.to(weights.dtype) @ v.to(weights.dtype).mT)).clamp(min=0).mean(dim=1)
 
-# %% ../nbs/06_interpret.ipynb #ddb611be
+# %% ../nbs/06_interpret.ipynb #c872e555
 METHODS = ('attention', 'rollout', 'relevance')
 
 def _pick(name, i, n, what):
     "Refuse an index that is out of range"
-    if not isinstance(i, int) or not -n <= i < n: raise ValueError(f"{name}={i!r}, but there are {n} {what}: 0 to {n - 1}, or -1 for the last")
+    if not isinstance(i, int) or not -n <= i < n:
+        raise ValueError(f"{name}={i!r}, but there are {n} {what}: 0 to {n - 1}, or -1 for the last")
     return i
 
 def heat_map(
@@ -157,12 +161,14 @@ def heat_map(
         tokens = torch.einsum('bn,bnm->bm', read, step)
     return tokens[:, model.n_prefix:].unflatten(1, _grid(x, model.config))
 
-# %% ../nbs/06_interpret.ipynb #9947de7d
+# %% ../nbs/06_interpret.ipynb #a97c4b11
 def _pixels(image, preprocessing):
-    "The image `(c h w)` as matplotlib wants it, in [0, 1]: the normalisation undone, or stretched from its darkest to its brightest"
+    "An image `(c h w)` as matplotlib wants it, in [0, 1]; without its normalisation, stretched from dark to bright"
     image = image.detach().float().cpu()
     if preprocessing is None: image = (image - image.min())/(image.max() - image.min()).clamp(min=1e-6)
-    else: image = image*torch.tensor(preprocessing['std'])[:, None, None] + torch.tensor(preprocessing['mean'])[:, None, None]
+    else:
+        mean, std = (torch.tensor(preprocessing[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+        image = image*std + mean
     image = image.clamp(0, 1)
     return image.permute(1, 2, 0) if len(image) == 3 else image[0]      # of other numbers of channels, the first
 
@@ -171,7 +177,8 @@ def _overlay(ax, pixels, heat, vmax=None):
     h, w = pixels.shape[:2]
     ax.imshow(pixels if pixels.dim() == 2 else pixels.mean(dim=2), cmap='gray', vmin=0, vmax=1, extent=(0, w, h, 0))
     ax.set(xticks=[], yticks=[])
-    return ax.imshow(heat.float().cpu(), cmap='inferno', vmin=0, vmax=vmax, alpha=0.7, extent=(0, w, h, 0), interpolation='nearest')
+    return ax.imshow(heat.float().cpu(), cmap='inferno', vmin=0, vmax=vmax, alpha=0.7, extent=(0, w, h, 0),
+                     interpolation='nearest')
 
 def _labels(model, preprocessing):
     "Names of the classes"
@@ -185,15 +192,15 @@ def _figure(*args, **kwargs):
     plt.close(fig)
     return fig, axes
 
-# %% ../nbs/06_interpret.ipynb #c78e2cc8
+# %% ../nbs/06_interpret.ipynb #f11510df
 def show_attention(
     model: ViT,                           # any configuration
     image: Tensor,                        # one image `(c h w)`, normalised as in training
     method: str|tuple[str] = METHODS,     # one of `METHODS`, or several
-    target: int|None = None,              # for relevance: the class that is to be explained; default: what the model predicts
+    target: int|None = None,              # for relevance: the class in question; default: the predicted one
     layer: int = -1,                      # for attention: the block
     head: int|None = None,                # for attention: the head; None: the mean of all
-    preprocessing: dict|None = None,      # `mean`, `std`, `labels`, as `dls.preprocessing` and the `config.json` of a run have them
+    preprocessing: dict|None = None,      # `mean`, `std`, `labels`: of `dls`, or of a run's `config.json`
     size: float = 2.1,                    # width and height of one picture in inches
 ):                                        # the matplotlib figure
     "The image, and over it what the model looks at"
@@ -208,13 +215,13 @@ def show_attention(
     axes[0].set(xticks=[], yticks=[])
     axes[0].set_title(title, fontsize=9)
     for ax, m in zip(axes[1:], methods):
-        where = '' if m != 'attention' else f', block {layer % model.config.depth}' + ('' if head is None else f', head {head}')
         im = _overlay(ax, pixels, heat_map(model, x, m, target, layer, head)[0])
-        ax.set_title(m + where, fontsize=9)
+        where = [f'block {layer % model.config.depth}'] + ([] if head is None else [f'head {head}'])
+        ax.set_title(', '.join([m] + where*(m == 'attention')), fontsize=9)
         fig.colorbar(im, ax=ax, shrink=0.85).ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/06_interpret.ipynb #f0fe15a7
+# %% ../nbs/06_interpret.ipynb #aa823d34
 def show_heads(
     model: ViT,                              # any configuration
     image: Tensor,                           # one image `(c h w)`, normalised as in training
@@ -228,7 +235,8 @@ def show_heads(
     rows, cols = grid = _grid(x, model.config)
     if query is not None:
         _pick('query[0]', query[0], rows, 'rows of patches'), _pick('query[1]', query[1], cols, 'columns of patches')
-        read = F.one_hot(torch.tensor([model.n_prefix + query[0] % rows*cols + query[1] % cols]), maps.shape[-1]).to(maps)
+        read = torch.zeros_like(read)
+        read[:, model.n_prefix + query[0] % rows*cols + query[1] % cols] = 1
     heat = torch.einsum('n,lhnm->lhm', read[0], maps[0])[..., model.n_prefix:].unflatten(-1, grid)
     depth, n_heads = heat.shape[:2]
     fig, axes = _figure(depth, n_heads, figsize=(size*n_heads + 0.9, size*depth*x.shape[2]/x.shape[3] + 0.4))
@@ -248,7 +256,7 @@ def _frame(x, y, side):
     from matplotlib.patches import Rectangle
     return Rectangle((x, y), side, side, fill=False, edgecolor='white', linewidth=1.5)
 
-# %% ../nbs/06_interpret.ipynb #57e92055
+# %% ../nbs/06_interpret.ipynb #68344b29
 def plot_patch_filters(
     model: ViT,      # with `stem='patch'`
     n: int = 28,     # number of components
@@ -256,7 +264,8 @@ def plot_patch_filters(
 ):                   # the matplotlib figure
     "Principal components of the filters that make a token of a patch, the strongest first (Dosovitskiy 2020, figure 7)"
     with _evaluating(model): pass
-    if not isinstance(model.patch_embed, PatchEmbedding): raise ValueError("model has stem='conv', which has no filter of the size of a patch: use one with stem='patch'")
+    if not isinstance(model.patch_embed, PatchEmbedding):
+        raise ValueError("model has stem='conv', which has no filters of the size of a patch: use one with stem='patch'")
     w = model.patch_embed.proj.weight.detach().float().cpu()
     _, s, components = torch.linalg.svd((w - w.mean(dim=0)).flatten(1), full_matrices=False)
     components, share = components[:n].unflatten(1, w.shape[1:]), s**2/(s**2).sum()
@@ -270,11 +279,11 @@ def plot_patch_filters(
         ax.set_title(f'{share[i]:.0%}', fontsize=7)
     return fig
 
-# %% ../nbs/06_interpret.ipynb #fef1f716
+# %% ../nbs/06_interpret.ipynb #b021405c
 def plot_position_similarity(
     model: ViT,  # with positions
 ):               # the matplotlib figure
-    "Cosine between the position of each patch and those of all patches, a small grid for each (Dosovitskiy 2020, figure 7)"
+    "Cosine between the position of each patch and those of all, a small grid for each (Dosovitskiy 2020, figure 7)"
     with _evaluating(model): rows, cols = model.config.grid
     if model.config.positions == 'none': raise ValueError("model has positions='none', so there is nothing to compare")
     pos = F.normalize(model.positions(rows, cols)[0, model.n_prefix:].detach().float().cpu(), dim=1)
@@ -297,7 +306,7 @@ def attention_distance(
     w = maps[..., -rows*cols:, -rows*cols:]
     return (w/w.sum(dim=-1, keepdim=True)*torch.cdist(places, places)).sum(dim=-1).mean(dim=-1)
 
-# %% ../nbs/06_interpret.ipynb #2e3cff83
+# %% ../nbs/06_interpret.ipynb #4c068fbc
 def plot_attention_distance(
     model: ViT,  # any configuration
     x: Tensor,   # images `(b c h w)`, normalised as in training; a few dozen are enough
@@ -310,14 +319,15 @@ def plot_attention_distance(
     fig, ((ax,),) = _figure(1, 1, figsize=(4.2, 2.8))
     for i, d in enumerate(heads.T): ax.plot(range(len(d)), d, 'o', color='C0', alpha=0.7, label=None if i else 'a head')
     ax.axhline(even, color='gray', linestyle='--', linewidth=1, label='even attention')
-    ax.set(xlabel='block', ylabel='mean distance (pixels)', xticks=range(len(heads)), ylim=(0, 1.15*max(even, heads.max().item())))
+    ax.set(xlabel='block', ylabel='mean distance (pixels)', xticks=range(len(heads)))
+    ax.set_ylim(0, 1.15*max(even, heads.max().item()))
     ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/06_interpret.ipynb #2f5d29c9
+# %% ../nbs/06_interpret.ipynb #db19f237
 def attention_entropy(
     maps: Tensor,  # from `attention_maps` `(b depth h n n)`
-) -> Tensor:       # `(b depth h)` in bits: 0 where every token attends to one other, log2(n) where it attends to all alike
+) -> Tensor:       # `(b depth h)` in bits: 0 where every token attends to one only, log2(n) where to all alike
     "Mean entropy of the rows of attention weights"
     return -(maps*maps.clamp(min=1e-30).log2()).sum(dim=-1).mean(dim=-1)
 
@@ -328,7 +338,7 @@ def head_similarity(
     "Correlation between the maps of any two heads, over all images, queries and keys"
     return torch.corrcoef(maps.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1))
 
-# %% ../nbs/06_interpret.ipynb #e681e2c0
+# %% ../nbs/06_interpret.ipynb #1e4847b6
 def embedding_map(
     model: ViT,                       # any configuration
     x: Tensor,                        # images `(b c h w)`, normalised as in training: a few thousand at most
@@ -340,7 +350,8 @@ def embedding_map(
     "The vectors that the head reads, laid out in two dimensions by t-SNE (van der Maaten 2008); mistakes are marked"
     from matplotlib.patheffects import withStroke
     from sklearn.manifold import TSNE
-    if len(x) < 3 or len(x) != len(y): raise ValueError(f"there are {len(x)} images and {len(y)} classes, expected as many, and three or more")
+    if len(x) < 3 or len(x) != len(y):
+        raise ValueError(f"there are {len(x)} images and {len(y)} classes, expected as many, and three or more")
     with _evaluating(model), torch.no_grad():
         pooled = torch.cat([model.pool(model.forward_features(part)) for part in _images(x).split(bs)])
         wrong = (model.head(pooled).argmax(dim=1) != y).cpu()
@@ -350,27 +361,28 @@ def embedding_map(
         part = xy[(y == i).cpu()]
         if not len(part): continue
         ax.scatter(*part.T, s=6, color=f'C{i % 10}', linewidths=0)
-        ax.annotate(label, np.median(part, axis=0), xytext=(0, 9), textcoords='offset points', ha='center', fontweight='bold',
-                    path_effects=[withStroke(linewidth=3, foreground='white')])
-    ax.scatter(*xy[wrong].T, s=28, marker='x', color='black', linewidths=1, label=f'mistakes: {int(wrong.sum())} of {len(y)}')
+        ax.annotate(label, np.median(part, axis=0), xytext=(0, 9), textcoords='offset points', ha='center',
+                    fontweight='bold', path_effects=[withStroke(linewidth=3, foreground='white')])
+    ax.scatter(*xy[wrong].T, s=28, marker='x', color='black', linewidths=1, label=f'mistakes: {wrong.sum()} of {len(y)}')
     ax.legend(loc='upper left', fontsize=8)
     ax.set(xticks=[], yticks=[])
     return fig
 
-# %% ../nbs/06_interpret.ipynb #e3fe1f0c
+# %% ../nbs/06_interpret.ipynb #94d2a642
 @torch.no_grad()
 def deletion_insertion(
     model: ViT,                      # any configuration
     x: Tensor,                       # images `(b c h w)`, normalised as in training
     scores: Tensor,                  # how relevant each patch is `(b rows cols)`, from `heat_map` or anything else
-    target: int|Tensor|None = None,  # class whose probability is followed; default: what the model predicts for the whole image
+    target: int|Tensor|None = None,  # the class that is followed; default: what the model predicts for the whole image
     fill: float|Tensor = 0.,         # what a patch without content holds; broadcasts to `x`
     bs: int = 256,                   # images at a time
 ) -> tuple[Tensor, Tensor]:          # two times `(b n_patches+1)`
-    "Probability of a class as patches are taken from the image, the most relevant first, and as they come back (Petsiuk 2018)"
+    "Probability of a class as patches are taken away, the most relevant first, and as they come back (Petsiuk 2018)"
     x = _images(x)
     rows, cols = grid = _grid(x, model.config)
-    if scores.shape != (len(x), *grid): raise ValueError(f"scores have shape {tuple(scores.shape)}, expected a number per patch: {(len(x), *grid)}")
+    if scores.shape != (len(x), *grid):
+        raise ValueError(f"scores have shape {tuple(scores.shape)}, expected a number per patch: {(len(x), *grid)}")
     place = scores.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)     # in the queue
     p, blank = model.config.patch_size, torch.as_tensor(fill).to(x).expand_as(x)
     def probs(keep):
@@ -400,11 +412,13 @@ def rank_correlation(
     a, b = (ranks(t) - t.shape[1]/2 for t in (a, b))
     return F.cosine_similarity(a, b, dim=1)
 
-# %% ../nbs/06_interpret.ipynb #280cf534
+# %% ../nbs/06_interpret.ipynb #ea98b2a8
 @torch.no_grad()
 def _shuffle(module, generator):
     "Put the numbers of each parameter into random order: all is lost but their distribution"
-    for p in module.parameters(): p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator).to(p.device)].view_as(p))
+    for p in module.parameters():
+        order = torch.randperm(p.numel(), generator=generator).to(p.device)
+        p.copy_(p.flatten()[order].view_as(p))
 
 def randomization_check(
     model: ViT,                 # any configuration; it is left as it is
@@ -416,9 +430,10 @@ def randomization_check(
     target = _record(model, x)[2].argmax(dim=1)
     original = heat_map(model, x, method, target).flatten(1)
     broken, generator, out = deepcopy(model), torch.Generator().manual_seed(seed), {}
-    blocks = {f'block {i}': [block] for i, block in reversed([*enumerate(broken.encoder.blocks)])}
-    for name, parts in ({'head': [broken.encoder.norm, broken.pool_norm, broken.attn_pool, broken.head]} | blocks | {'embedding': [broken]}).items():
-        for part in parts: _shuffle(part, generator)
+    parts = {'head': [broken.encoder.norm, broken.pool_norm, broken.attn_pool, broken.head]}
+    parts |= {f'block {i}': [block] for i, block in reversed([*enumerate(broken.encoder.blocks)])} | {'embedding': [broken]}
+    for name, modules in parts.items():
+        for module in modules: _shuffle(module, generator)
         out[name] = rank_correlation(original, heat_map(broken, x, method, target).flatten(1))
     return out
 
@@ -429,14 +444,23 @@ def _quantise(maps):
     levels = (maps/scale[:, None, None]).round().to(torch.uint8).cpu().numpy()
     return base64.b64encode(levels.tobytes()).decode(), scale.tolist()
 
-# %% ../nbs/06_interpret.ipynb #fc16fcbb
+# %% ../nbs/06_interpret.ipynb #a3684c3c
 _STYLE = '''
-:root { color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2129; --soft: #5b6470; --line: #dfe2e6; --accent: #2456a6; --on: #e6edf9; }
+:root {
+  color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2129; --soft: #5b6470;
+  --line: #dfe2e6; --accent: #2456a6; --on: #e6edf9;
+}
 @media (prefers-color-scheme: dark) {
-  :root { --bg: #14171c; --card: #1c2027; --ink: #e8eaee; --soft: #a3abb7; --line: #343a44; --accent: #8db4f5; --on: #26344d; }
+  :root {
+    --bg: #14171c; --card: #1c2027; --ink: #e8eaee; --soft: #a3abb7;
+    --line: #343a44; --accent: #8db4f5; --on: #26344d;
+  }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1.25rem 3rem; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+body {
+  margin: 0 auto; max-width: 66rem; padding: 1.5rem 1.25rem 3rem;
+  background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
+}
 h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1rem; margin: 0 0 .6rem; } p { margin: .35rem 0; }
 .soft, figcaption { color: var(--soft); font-size: .875rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; margin-top: 1rem; }
@@ -449,34 +473,48 @@ canvas { display: block; width: 100%; aspect-ratio: var(--shape); border-radius:
 #bar { position: relative; width: 1rem; aspect-ratio: auto; height: calc(100% - 1px); border-radius: 4px; }
 .scale { position: relative; display: flex; gap: .4rem; font-size: .75rem; color: var(--soft); }
 .scale div { display: flex; flex-direction: column; justify-content: space-between; line-height: 1; white-space: nowrap; }
-button { font: inherit; font-size: .875rem; color: var(--ink); background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .3rem .65rem; cursor: pointer; }
+button {
+  font: inherit; font-size: .875rem; color: var(--ink); background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; padding: .3rem .65rem; cursor: pointer;
+}
 button:hover { border-color: var(--accent); }
 button[aria-pressed=true] { background: var(--on); border-color: var(--accent); color: var(--accent); font-weight: 600; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
 .row { display: flex; flex-wrap: wrap; gap: .4rem; margin: .3rem 0 .9rem; }
-.thumb { padding: 3px; line-height: 0; } .thumb img { width: 44px; height: 44px; object-fit: contain; border-radius: 5px; image-rendering: pixelated; }
-.chip span { font-variant-numeric: tabular-nums; margin-left: .4rem; padding: 0 .35rem; border-radius: 5px; font-weight: 400; }
+.thumb { padding: 3px; line-height: 0; }
+.thumb img { width: 44px; height: 44px; object-fit: contain; border-radius: 5px; image-rendering: pixelated; }
+.chip span { margin-left: .4rem; padding: 0 .35rem; border-radius: 5px; font-weight: 400; font-variant-numeric: tabular-nums; }
 input[type=range] { width: 100%; accent-color: var(--accent); margin: .2rem 0 .9rem; } label { font-size: .875rem; }
-.probs { display: grid; grid-template-columns: minmax(1.2rem, auto) minmax(0, 1fr) auto; gap: .25rem .5rem; align-items: center; font-size: .875rem; font-variant-numeric: tabular-nums; }
+.probs {
+  display: grid; grid-template-columns: minmax(1.2rem, auto) minmax(0, 1fr) auto; gap: .25rem .5rem; align-items: center;
+  font-size: .875rem; font-variant-numeric: tabular-nums;
+}
 .probs span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 8rem; }
 .probs i { display: block; height: .55rem; border-radius: 4px; background: var(--accent); min-width: 2px; }
 #said { min-height: 3em; margin-top: .75rem; } #said b { font-variant-numeric: tabular-nums; }
 #heads { display: grid; gap: clamp(2px, .6vw, 8px); align-items: center; }
 #heads span { font-size: .75rem; color: var(--soft); text-align: center; overflow: hidden; }
 #heads button { padding: 2px; border-width: 2px; border-color: transparent; background: none; border-radius: 7px; }
-#heads button:hover, #heads button[aria-pressed=true] { border-color: var(--accent); } #heads canvas { border-radius: 4px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-td, th { border: 1px solid var(--line); padding: .2rem .45rem; text-align: right; white-space: nowrap; } th { color: var(--soft); font-weight: 500; }
+#heads button:hover, #heads button[aria-pressed=true] { border-color: var(--accent); }
+#heads canvas { border-radius: 4px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+td, th { border: 1px solid var(--line); padding: .2rem .45rem; text-align: right; white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; }
 kbd { font: inherit; font-size: .8rem; border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5px; padding: 0 .35rem; }
-summary { cursor: pointer; } dl { display: grid; grid-template-columns: auto 1fr; gap: .45rem .8rem; font-size: .875rem; margin: 0; } dd { margin: 0; }
+summary { cursor: pointer; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .45rem .8rem; font-size: .875rem; margin: 0; }
+dd { margin: 0; }
 @media (max-width: 46rem) {
   body { padding: 1rem .75rem 2rem; } .card { padding: .75rem; }
-  .columns { grid-template-columns: minmax(0, 1fr); gap: 0; } .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
-  .scale { grid-column: 1 / -1; flex-direction: column; } .scale div { flex-direction: row-reverse; } #bar { width: 100%; height: .8rem; }
+  .columns { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
+  .scale { grid-column: 1 / -1; flex-direction: column; } .scale div { flex-direction: row-reverse; }
+  #bar { width: 100%; height: .8rem; }
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #1ec5acfe
+# %% ../nbs/06_interpret.ipynb #b1f8b78d
 _BODY = '''
 <header><h1>What the model looks at</h1><p class="soft" id="about"></p></header>
 <div class="row" id="images" role="group" aria-label="Choose an image"></div>
@@ -488,7 +526,8 @@ _BODY = '''
         <figcaption>Point at a patch that asks; click to hold it.</figcaption></figure>
       <figure><div id="map" role="img" aria-labelledby="said"><canvas></canvas></div>
         <figcaption id="read">Its attention. Point here to read a weight.</figcaption></figure>
-      <div class="scale"><canvas id="bar" role="img" aria-label="Colour bar"></canvas><div><span id="high"></span><span id="mid"></span><span>0 %</span></div></div>
+      <div class="scale"><canvas id="bar" role="img" aria-label="Colour bar"></canvas>
+        <div><span id="high"></span><span id="mid"></span><span>0 %</span></div></div>
     </div>
     <p id="said" aria-live="polite"></p>
     <div class="row" id="tokens" role="group" aria-label="Tokens that are no patches" style="margin-bottom: 0"></div>
@@ -502,27 +541,35 @@ _BODY = '''
   </section>
 </div>
 <div class="columns">
-<section class="card" aria-labelledby="all"><h2 id="all">All heads, the same token</h2><div id="heads"></div><p class="soft" id="range"></p></section>
+<section class="card" aria-labelledby="all"><h2 id="all">All heads, the same token</h2>
+  <div id="heads"></div><p class="soft" id="range"></p></section>
 <section class="card" aria-labelledby="keys"><h2 id="keys">Keys</h2><dl id="help">
   <dt><kbd>&larr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> <kbd>&rarr;</kbd></dt><dd>next patch, while the image has the focus (<kbd>Tab</kbd> or click)</dd>
   <dt><kbd>T</kbd></dt><dd>next token that is no patch</dd><dt><kbd>[</kbd> <kbd>]</kbd></dt><dd>one block up or down</dd>
-  <dt><kbd>H</kbd></dt><dd>next head</dd><dt><kbd>V</kbd></dt><dd>next view</dd><dt><kbd>I</kbd></dt><dd>next image</dd><dt><kbd>Esc</kbd></dt><dd>let go of a held patch</dd>
+  <dt><kbd>H</kbd></dt><dd>next head</dd><dt><kbd>V</kbd></dt><dd>next view</dd><dt><kbd>I</kbd></dt><dd>next image</dd>
+  <dt><kbd>Esc</kbd></dt><dd>let go of a held patch</dd>
 </dl></section>
 </div>
-<details class="card"><summary>The numbers of the large picture</summary><div class="scroll" tabindex="0" role="region" aria-label="Weights as a table"><table id="table"></table></div></details>
+<details class="card"><summary>The numbers of the large picture</summary>
+  <div class="scroll" tabindex="0" role="region" aria-label="Weights as a table"><table id="table"></table></div></details>
 '''
 
-# %% ../nbs/06_interpret.ipynb #9a1b932c
+# %% ../nbs/06_interpret.ipynb #93292835
 _SCRIPT = '''
 const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
-const [R, C] = D.grid, P = D.prefix.length, N = P + R*C, L = D.depth, H = D.heads, OUT = N, LUT = bytes(D.colours);
+const [R, C] = D.grid, P = D.prefix.length, N = P + R*C, L = D.depth, H = D.heads, LUT = bytes(D.colours);
+const OUT = N, range = n => [...Array(n).keys()];         // what the head reads counts as one more token
 const extra = D.prefix.map((name, i) => [i, name]).concat(D.output ? [[OUT, D.output]] : []);
 const S = {image: 0, view: 0, block: L - 1, head: 0, query: D.output ? OUT : 0, held: false};
 const VIEWS = ['one head', 'mean of heads', 'rollout'];
 const percent = w => (100*w).toFixed(1) + ' %';
-const name = t => t >= P && t < N ? `row ${Math.floor((t - P)/C)}, column ${(t - P) % C}` : extra.find(e => e[0] === t)[1];
-for (const im of D.images) { im.maps = bytes(im.maps); im.rollout = bytes(im.rollout); im.img = new Image(); im.img.onload = () => draw(); im.img.src = im.src; }
+const isPatch = t => t >= P && t < N;
+const name = t => isPatch(t) ? `row ${Math.floor((t - P)/C)}, column ${(t - P) % C}` : extra.find(e => e[0] === t)[1];
+for (const im of D.images) {
+  im.maps = bytes(im.maps); im.rollout = bytes(im.rollout);
+  im.img = new Image(); im.img.onload = () => draw(); im.img.src = im.src;
+}
 
 function stored(data, scale, k, query) {              // one row of a stored map, in weights again
   const start = (k*N + query)*N;
@@ -536,31 +583,36 @@ function mix(rows, shares) {
 function weights(view, block, head, query) {          // what `query` attends to
   const im = D.images[S.image];
   if (query === OUT) {
-    const read = [...im.read.keys()].filter(t => im.read[t] > 0);
+    const read = range(N).filter(t => im.read[t] > 0);
     return mix(read.map(t => weights(view, block, head, t)), read.map(t => im.read[t]));
   }
   if (view === 2) return stored(im.rollout, im.rollout_scale, block, query);
   if (view === 0) return stored(im.maps, im.scale, block*H + head, query);
-  return mix([...Array(H).keys()].map(h => stored(im.maps, im.scale, block*H + h, query)), Array(H).fill(1/H));
+  return mix(range(H).map(h => stored(im.maps, im.scale, block*H + h, query)), Array(H).fill(1/H));
 }
 const highest = row => Math.max(...row.slice(P));
 function colour(w, top) {
   const i = 3*Math.min(255, Math.round(255*w/top));
   return [LUT[i], LUT[i + 1], LUT[i + 2]];
 }
-const css = rgb => `rgb(${rgb})`, onTop = rgb => rgb[0]*.3 + rgb[1]*.59 + rgb[2]*.11 > 130 ? '#000' : '#fff';
+const css = rgb => `rgb(${rgb})`;
+const onTop = rgb => rgb[0]*.3 + rgb[1]*.59 + rgb[2]*.11 > 130 ? '#000' : '#fff';    // readable on that colour
 '''
 
-# %% ../nbs/06_interpret.ipynb #42846ef1
+# %% ../nbs/06_interpret.ipynb #f0b5f706
 _DRAW = '''
 function fit(canvas) {                                // as many pixels as the screen has
-  const box = canvas.getBoundingClientRect(), s = devicePixelRatio || 1, w = Math.round(box.width*s), h = Math.round(box.height*s);
+  const box = canvas.getBoundingClientRect(), s = devicePixelRatio || 1;
+  const w = Math.round(box.width*s), h = Math.round(box.height*s);
   if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
   return [canvas.getContext('2d'), w, h, s];
 }
-function cell(i, w, h) { const r = Math.floor(i/C), c = i % C, x = Math.round(c*w/C), y = Math.round(r*h/R); return [x, y, Math.round((c + 1)*w/C) - x, Math.round((r + 1)*h/R) - y]; }
+function cell(i, w, h) {
+  const r = Math.floor(i/C), c = i % C, x = Math.round(c*w/C), y = Math.round(r*h/R);
+  return [x, y, Math.round((c + 1)*w/C) - x, Math.round((r + 1)*h/R) - y];
+}
 function frame(ctx, w, h, s) {
-  if (S.query < P || S.query === OUT) return;
+  if (!isPatch(S.query)) return;
   const [x, y, cw, ch] = cell(S.query - P, w, h);
   for (const [style, width, inset] of [['#000', 4*s, 2*s], ['#fff', 2*s, 2*s]]) {
     ctx.strokeStyle = style; ctx.lineWidth = width; ctx.strokeRect(x + inset, y + inset, cw - 2*inset, ch - 2*inset);
@@ -571,7 +623,8 @@ function drawPicture(row, top) {
   ctx.imageSmoothingEnabled = false;
   ctx.drawImage(D.images[S.image].img, 0, 0, w, h);
   for (let i = 0; i < R*C && $('dim').checked; i++) {
-    ctx.fillStyle = `rgba(20, 23, 28, ${.72*(1 - Math.min(1, row[P + i]/top))})`; ctx.fillRect(...cell(i, w, h));
+    ctx.fillStyle = `rgba(20, 23, 28, ${.72*(1 - Math.min(1, row[P + i]/top))})`;
+    ctx.fillRect(...cell(i, w, h));
   }
   ctx.strokeStyle = 'rgba(128, 128, 128, .45)'; ctx.lineWidth = s;
   for (let i = 0; i < R*C && w/C > 12*s; i++) ctx.strokeRect(...cell(i, w, h));
@@ -583,7 +636,8 @@ function drawMap(canvas, row, top, large) {
     const rgb = colour(row[P + i], top), [x, y, cw, ch] = cell(i, w, h);
     ctx.fillStyle = css(rgb); ctx.fillRect(x, y, cw, ch);
     if (large && cw > 38*s) {
-      ctx.fillStyle = onTop(rgb); ctx.font = `${12*s}px system-ui, sans-serif`; ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
+      ctx.fillStyle = onTop(rgb); ctx.font = `${12*s}px system-ui, sans-serif`;
+      ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
       ctx.fillText((100*row[P + i]).toFixed(1), x + cw/2, y + ch/2);
     }
   }
@@ -598,28 +652,30 @@ function drawBar(top) {
   $('high').textContent = percent(top); $('mid').textContent = percent(top/2);
 }
 function draw() {
-  const blocks = [...Array(L).keys()], heads = [...Array(H).keys()];
-  const all = blocks.map(b => heads.map(h => weights(0, b, h, S.query)));
-  const row = weights(S.view, S.block, S.head, S.query), top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.flat().map(highest));
+  const all = range(L*H).map(k => weights(0, Math.floor(k/H), k % H, S.query));
+  const row = weights(S.view, S.block, S.head, S.query);
+  const top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.map(highest));
   drawPicture(row, top); drawMap($('map').firstChild, row, top, true); drawBar(top);
-  [...$('heads').querySelectorAll('button')].forEach((b, i) => drawMap(b.firstChild, all[Math.floor(i/H)][i % H], topAll, false));
+  $('heads').querySelectorAll('button').forEach((b, k) => drawMap(b.firstChild, all[k], topAll, false));
   $('range').textContent = `One scale of colours for all: 0 to ${percent(topAll)}. Click on a head to see it large.`;
   tell(row, top);
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #09bf9666
+# %% ../nbs/06_interpret.ipynb #f4b0ea0a
 _CONTROLS = '''
 function tell(row, top) {                             // everything on the page that is text
   const im = D.images[S.image], order = [...row.keys()].sort((a, b) => row[b] - row[a]);
-  const where = S.view === 2 ? `Rollout through blocks 0 to ${S.block}` : `Block ${S.block}, ${S.view ? 'mean of heads' : 'head ' + S.head}`;
-  $('said').innerHTML = `${where}. <b>${name(S.query)}</b>${S.held ? ' (held)' : ''} attends most to <b>${name(order[0])}</b>: <b>${percent(row[order[0]])}</b>, then ` +
-    `${name(order[1])}: ${percent(row[order[1]])}. Even attention would be ${percent(1/N)}.`;
+  const where = S.view === 2 ? `Rollout through blocks 0 to ${S.block}`
+    : `Block ${S.block}, ${S.view ? 'mean of heads' : 'head ' + S.head}`;
+  const most = order.slice(0, 2).map(t => `<b>${name(t)}</b>: <b>${percent(row[t])}</b>`).join(', then to ');
+  $('said').innerHTML = `${where}. <b>${name(S.query)}</b>${S.held ? ' (held)' : ''} attends most to ${most}. ` +
+    `Even attention would be ${percent(1/N)}.`;
   $('depth').textContent = S.view === 2 ? `blocks 0 to ${S.block}` : `block ${S.block}`;
   $('block').value = S.block; $('pick').hidden = S.view !== 0;
-  press('images', S.image); press('views', S.view); press('numbers', S.head); press('tokens', extra.findIndex(e => e[0] === S.query));
-  press('heads', S.view ? -1 : S.block*H + S.head);
-  [...$('tokens').querySelectorAll('span')].forEach((span, i) => {
+  press('images', S.image); press('views', S.view); press('numbers', S.head);
+  press('tokens', extra.findIndex(e => e[0] === S.query)); press('heads', S.view ? -1 : S.block*H + S.head);
+  $('tokens').querySelectorAll('span').forEach((span, i) => {
     const t = extra[i][0];
     if (t === OUT) return span.remove();
     const rgb = colour(row[t], top);
@@ -627,46 +683,61 @@ function tell(row, top) {                             // everything on the page 
   });
   $('probs').innerHTML = im.probs.map(([label, p]) => `<span></span><i style="width: ${100*p}%"></i><b>${percent(p)}</b>`).join('');
   $('probs').querySelectorAll('span').forEach((span, i) => { span.textContent = span.title = im.probs[i][0]; });
-  const value = t => `<td data-token="${t}" data-value="${row[t]}">${percent(row[t])}</td>`;
-  $('table').innerHTML = extra.filter(e => e[0] < P).map(e => `<tr><th scope="row">${e[1]}</th>${value(e[0])}</tr>`).join('') +
-    '<tr><td></td>' + [...Array(C).keys()].map(c => `<th scope="col">column ${c}</th>`).join('') + '</tr>' +
-    [...Array(R).keys()].map(r => `<tr><th scope="row">row ${r}</th>${[...Array(C).keys()].map(c => value(P + r*C + c)).join('')}</tr>`).join('');
+  tabulate(row);
 }
-function press(id, chosen) { [...$(id).querySelectorAll('button')].forEach((b, i) => b.setAttribute('aria-pressed', i === chosen)); }
+function tabulate(row) {
+  const value = t => `<td data-token="${t}" data-value="${row[t]}">${percent(row[t])}</td>`;
+  const line = (label, cells) => `<tr><th scope="row">${label}</th>${cells.join('')}</tr>`;
+  $('table').innerHTML = range(P).map(t => line(D.prefix[t], [value(t)])).join('') +
+    line('', range(C).map(c => `<th scope="col">column ${c}</th>`)) +
+    range(R).map(r => line(`row ${r}`, range(C).map(c => value(P + r*C + c)))).join('');
+}
+function press(id, chosen) {
+  $(id).querySelectorAll('button').forEach((b, i) => b.setAttribute('aria-pressed', i === chosen));
+}
 function set(change) { Object.assign(S, change); draw(); }
 function button(parent, label, act, make = b => { b.textContent = label; }) {
   const b = document.createElement('button');
   b.type = 'button'; b.setAttribute('aria-label', label); make(b); b.onclick = act; $(parent).append(b);
 }
 function at(event, box) {                             // the patch under the pointer
-  const r = box.getBoundingClientRect(), clamp = (v, n) => Math.max(0, Math.min(n - 1, Math.floor(v*n)));
-  return P + clamp((event.clientY - r.top)/r.height, R)*C + clamp((event.clientX - r.left)/r.width, C);
+  const r = box.getBoundingClientRect(), index = (v, n) => Math.max(0, Math.min(n - 1, Math.floor(v*n)));
+  return P + index((event.clientY - r.top)/r.height, R)*C + index((event.clientX - r.left)/r.width, C);
 }
 function arrow(dr, dc) {
-  const i = S.query - P, [r, c] = i >= 0 && i < R*C ? [Math.floor(i/C) + dr, i % C + dc] : [Math.floor(R/2), Math.floor(C/2)];
+  const i = S.query - P;
+  const [r, c] = isPatch(S.query) ? [Math.floor(i/C) + dr, i % C + dc] : [Math.floor(R/2), Math.floor(C/2)];
   set({query: P + Math.max(0, Math.min(R - 1, r))*C + Math.max(0, Math.min(C - 1, c)), held: true});
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #c30419e1
+# %% ../nbs/06_interpret.ipynb #694a1306
 _START = '''
 document.documentElement.style.setProperty('--shape', `${C}/${R}`);
 $('about').textContent = D.about; $('block').max = L - 1;
-D.images.forEach((im, i) => button('images', im.title, () => set({image: i}), b => { b.className = 'thumb'; b.innerHTML = '<img alt="">'; b.firstChild.src = im.src; }));
+D.images.forEach((im, i) => button('images', im.title, () => set({image: i}), b => {
+  b.className = 'thumb'; b.innerHTML = '<img alt="">'; b.firstChild.src = im.src;
+}));
 VIEWS.forEach((view, i) => button('views', view, () => set({view: i})));
-[...Array(H).keys()].forEach(h => button('numbers', String(h), () => set({head: h})));
-extra.forEach(([t, label]) => button('tokens', label, () => set({query: t, held: true}), b => { b.className = 'chip'; b.textContent = label; b.append(document.createElement('span')); }));
+range(H).forEach(h => button('numbers', String(h), () => set({head: h})));
+extra.forEach(([t, label]) => button('tokens', label, () => set({query: t, held: true}), b => {
+  b.className = 'chip'; b.textContent = label; b.append(document.createElement('span'));
+}));
 $('heads').style.gridTemplateColumns = `3.2rem repeat(${H}, minmax(0, ${Math.max(4, Math.min(9, 40/H))}rem))`;
-$('heads').innerHTML = '<span></span>' + [...Array(H).keys()].map(h => `<span>${H > 6 ? h : 'head ' + h}</span>`).join('');
-for (let b = 0; b < L; b++) {
+$('heads').innerHTML = '<span></span>' + range(H).map(h => `<span>${H > 6 ? h : 'head ' + h}</span>`).join('');
+range(L).forEach(b => {
   $('heads').insertAdjacentHTML('beforeend', `<span>block ${b}</span>`);
-  for (let h = 0; h < H; h++) button('heads', `block ${b}, head ${h}`, () => set({view: 0, block: b, head: h}), e => e.append(document.createElement('canvas')));
-}
+  range(H).forEach(h => button('heads', `block ${b}, head ${h}`, () => set({view: 0, block: b, head: h}),
+    e => e.append(document.createElement('canvas'))));
+});
 $('block').oninput = event => set({block: Number(event.target.value)});
 $('dim').onchange = draw;
 const picture = $('picture');
 picture.onpointermove = event => { if (event.pointerType === 'mouse' && !S.held) set({query: at(event, picture)}); };
-picture.onpointerdown = event => { const q = at(event, picture); set({held: !S.held || q !== S.query, query: q}); };
+picture.onpointerdown = event => {
+  const query = at(event, picture);
+  set({held: !S.held || query !== S.query, query});
+};
 $('map').onpointermove = event => {
   const t = at(event, $('map'));
   $('read').textContent = `${name(t)}: ${$('table').querySelector(`[data-token="${t}"]`).textContent}`;
@@ -674,9 +745,13 @@ $('map').onpointermove = event => {
 $('map').onpointerleave = () => { $('read').textContent = 'Its attention. Point here to read a weight.'; };
 const MOVES = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
 const KEYS = {
-  h: () => set({view: 0, head: (S.head + 1) % H}), v: () => set({view: (S.view + 1) % 3}), i: () => set({image: (S.image + 1) % D.images.length}),
+  h: () => set({view: 0, head: (S.head + 1) % H}),
+  v: () => set({view: (S.view + 1) % VIEWS.length}),
+  i: () => set({image: (S.image + 1) % D.images.length}),
   t: () => extra.length && set({query: extra[(extra.findIndex(e => e[0] === S.query) + 1) % extra.length][0], held: true}),
-  '[': () => set({block: Math.max(0, S.block - 1)}), ']': () => set({block: Math.min(L - 1, S.block + 1)}), escape: () => set({held: false}),
+  '[': () => set({block: Math.max(0, S.block - 1)}),
+  ']': () => set({block: Math.min(L - 1, S.block + 1)}),
+  escape: () => set({held: false}),
 };
 document.addEventListener('keydown', event => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -687,7 +762,7 @@ new ResizeObserver(draw).observe(document.body);
 draw();
 '''
 
-# %% ../nbs/06_interpret.ipynb #30190b7d
+# %% ../nbs/06_interpret.ipynb #1da778fa
 def _png(pixels):
     "An image in [0, 1] as a data URI"
     from PIL import Image
@@ -697,9 +772,10 @@ def _png(pixels):
 
 class Page(str):
     "An HTML page, which Jupyter shows in a frame"
-    def _repr_html_(self): return f'<iframe srcdoc="{html.escape(self)}" style="width: 100%; height: 900px; border: 0" title="attention explorer"></iframe>'
+    def _repr_html_(self):
+        return f'<iframe srcdoc="{html.escape(self)}" style="width: 100%; height: 900px; border: 0" title="attention explorer"></iframe>'
 
-# %% ../nbs/06_interpret.ipynb #9101ddb3
+# %% ../nbs/06_interpret.ipynb #2cc601a5
 def explore(
     model: ViT,                         # any configuration
     images: Tensor,                     # a few images `(b c h w)`, normalised as in training
@@ -715,19 +791,22 @@ def explore(
     if len(titles) != len(images): raise ValueError(f"there are {len(titles)} titles but {len(images)} images")
     maps, read, logits = (t.float() for t in _record(model, images))
     rolled, c, labels, entries = attention_rollout(maps), model.config, _labels(model, preprocessing), []
+    top = logits.softmax(dim=1).topk(min(5, len(labels)))
     for i, title in enumerate(titles):
         (data, scale), (rollout, rollout_scale) = _quantise(maps[i].flatten(0, 1)), _quantise(rolled[i])
-        best = [[labels[k], round(p, 4)] for p, k in zip(*(t.tolist() for t in logits[i].softmax(0).topk(min(5, len(labels)))))] if labels else []
+        best = [[labels[k], round(p, 4)] for p, k in zip(top.values[i].tolist(), top.indices[i].tolist())]
         entries.append(dict(title=title, src=_png(_pixels(images[i], preprocessing)), probs=best, read=read[i].tolist(),
                             maps=data, scale=scale, rollout=rollout, rollout_scale=rollout_scale))
     rows, cols = grid = _grid(images, c)
     facts = dict(grid=grid, depth=c.depth, heads=c.n_heads, images=entries,
                  prefix=['class token']*c.has_cls + [f'register {i + 1}' for i in range(c.n_registers)],
                  output={'cls': None, 'mean': 'mean of patches', 'map': 'attention pool'}[c.pool],
-                 about=f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches of {c.patch_size} x {c.patch_size} pixels.',
-                 colours=base64.b64encode((colormaps['viridis'](np.arange(256))[:, :3]*255).round().astype(np.uint8).tobytes()).decode())
+                 about=f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches '
+                       f'of {c.patch_size} x {c.patch_size} pixels.',
+                 colours=base64.b64encode(colormaps['viridis'](np.arange(256), bytes=True)[:, :3].tobytes()).decode())
     data = json.dumps(facts).replace('<', '\\u003c')     # no title or label can end the script element
-    page = Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    page = Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">'
                 f'<title>What the model looks at</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{_BODY}'
                 f'<script type="application/json" id="data">{data}</script><script>{_SCRIPT}{_DRAW}{_CONTROLS}{_START}</script></body></html>\n')
     if path is not None: Path(path).write_text(page, encoding='utf-8')
