@@ -444,7 +444,7 @@ def _quantise(maps):
     levels = (maps/scale[:, None, None]).round().to(torch.uint8).cpu().numpy()
     return base64.b64encode(levels.tobytes()).decode(), scale.tolist()
 
-# %% ../nbs/06_interpret.ipynb #a3684c3c
+# %% ../nbs/06_interpret.ipynb #9a219f33
 _STYLE = '''
 :root {
   color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2129; --soft: #5b6470;
@@ -491,7 +491,8 @@ input[type=range] { width: 100%; accent-color: var(--accent); margin: .2rem 0 .9
 }
 .probs span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 8rem; }
 .probs i { display: block; height: .55rem; border-radius: 4px; background: var(--accent); min-width: 2px; }
-#said { min-height: 3em; margin-top: .75rem; } #said b { font-variant-numeric: tabular-nums; }
+#said { min-height: 3em; margin-top: .75rem; }
+#said b { font-variant-numeric: tabular-nums; white-space: nowrap; }
 #heads { display: grid; gap: clamp(2px, .6vw, 8px); align-items: center; }
 #heads span { font-size: .75rem; color: var(--soft); text-align: center; overflow: hidden; }
 #heads button { padding: 2px; border-width: 2px; border-color: transparent; background: none; border-radius: 7px; }
@@ -599,7 +600,7 @@ const css = rgb => `rgb(${rgb})`;
 const onTop = rgb => rgb[0]*.3 + rgb[1]*.59 + rgb[2]*.11 > 130 ? '#000' : '#fff';    // readable on that colour
 '''
 
-# %% ../nbs/06_interpret.ipynb #f0b5f706
+# %% ../nbs/06_interpret.ipynb #53651c90
 _DRAW = '''
 function fit(canvas) {                                // as many pixels as the screen has
   const box = canvas.getBoundingClientRect(), s = devicePixelRatio || 1;
@@ -635,7 +636,7 @@ function drawMap(canvas, row, top, large) {
   for (let i = 0; i < R*C; i++) {
     const rgb = colour(row[P + i], top), [x, y, cw, ch] = cell(i, w, h);
     ctx.fillStyle = css(rgb); ctx.fillRect(x, y, cw, ch);
-    if (large && cw > 38*s) {
+    if (large && cw > 30*s) {
       ctx.fillStyle = onTop(rgb); ctx.font = `${12*s}px system-ui, sans-serif`;
       ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
       ctx.fillText((100*row[P + i]).toFixed(1), x + cw/2, y + ch/2);
