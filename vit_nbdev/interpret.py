@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .attention import FusedAttention, attention_weights, record_attention
 from .vit import PatchEmbedding, ViT, _grid
 
-# %% ../nbs/06_interpret.ipynb #562c82c6
+# %% ../nbs/06_interpret.ipynb #6b9bfc3d
 @contextmanager
 def _evaluating(model):
     "Dropout and the like are off inside the block; afterwards every part is in the mode it was in"
@@ -48,6 +48,7 @@ def _one_image(image):
         raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): choose one of a batch, x[0]")
     return image[None]
 
+# %% ../nbs/06_interpret.ipynb #555af3da
 def _record(model, x):
     "One pass: the weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, the logits"
     x = _images(x)
@@ -125,7 +126,7 @@ def _positive(q, k, v, mask, out, grad):
     weights = attention_weights(q, k, mask)
     return (weights*(grad.to(weights.dtype) @ v.to(weights.dtype).mT)).clamp(min=0).mean(dim=1)
 
-# %% ../nbs/06_interpret.ipynb #c872e555
+# %% ../nbs/06_interpret.ipynb #e8f19e89
 METHODS = ('attention', 'rollout', 'relevance')
 
 def _pick(name, i, n, what):
@@ -134,6 +135,7 @@ def _pick(name, i, n, what):
         raise ValueError(f"{name}={i!r}, but there are {n} {what}: 0 to {n - 1}, or -1 for the last")
     return i
 
+# %% ../nbs/06_interpret.ipynb #3a55a65a
 def heat_map(
     model: ViT,                       # any configuration
     x: Tensor,                        # images `(b c h w)`, normalised as in training
@@ -776,7 +778,16 @@ class Page(str):
     def _repr_html_(self):
         return f'<iframe srcdoc="{html.escape(self)}" style="width: 100%; height: 900px; border: 0" title="attention explorer"></iframe>'
 
-# %% ../nbs/06_interpret.ipynb #2cc601a5
+# %% ../nbs/06_interpret.ipynb #13c75680
+def _html(facts):
+    "The page, with its data inside"
+    data = json.dumps(facts).replace('<', '\\u003c')     # no title or label can end the script element
+    return Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">'
+                f'<title>What the model looks at</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{_BODY}'
+                f'<script type="application/json" id="data">{data}</script><script>{_SCRIPT}{_DRAW}{_CONTROLS}{_START}</script></body></html>\n')
+
+# %% ../nbs/06_interpret.ipynb #250e8a0b
 def explore(
     model: ViT,                         # any configuration
     images: Tensor,                     # a few images `(b c h w)`, normalised as in training
@@ -805,10 +816,6 @@ def explore(
                  about=f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches '
                        f'of {c.patch_size} x {c.patch_size} pixels.',
                  colours=base64.b64encode(colormaps['viridis'](np.arange(256), bytes=True)[:, :3].tobytes()).decode())
-    data = json.dumps(facts).replace('<', '\\u003c')     # no title or label can end the script element
-    page = Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">'
-                f'<title>What the model looks at</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{_BODY}'
-                f'<script type="application/json" id="data">{data}</script><script>{_SCRIPT}{_DRAW}{_CONTROLS}{_START}</script></body></html>\n')
+    page = _html(facts)
     if path is not None: Path(path).write_text(page, encoding='utf-8')
     return page
