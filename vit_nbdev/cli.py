@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+warnings.filterwarnings('ignore', category=FutureWarning, message='.*torch.jit.script')   # fastai's own affair, not the user's
+
 import fastcore.script
 import torch
 from fastai.callback.core import Callback
@@ -27,8 +29,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-warnings.filterwarnings('ignore', category=FutureWarning, message='.*torch.jit.script')   # fastai's own affair, not the user's
 
 from . import __version__
 from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_dls, read_image
@@ -58,6 +58,9 @@ def _positive(**values):
 def _run_folder(out, force, resume):
     "The folder `out.part`, which becomes `out` if the block succeeds; if it fails, it stays only with a checkpoint in it"
     part = out.with_name(f'{out.name}.part')
+    if rank_distrib():           # the first of several processes does all that follows
+        yield part
+        return
     if not resume: _make_folder(out, part, force)
     try: yield part
     except BaseException as e:
@@ -296,7 +299,7 @@ def train(
     device = _join_processes(device)
     say = print if not rank_distrib() else lambda *args, **kwargs: None
 
-    with _run_folder(out, force, resume=resume is not None or rank_distrib() > 0) as part:
+    with _run_folder(out, force, resume=resume is not None) as part:
         set_seed(s['seed'])   # before the loaders, which draw the order of the images from a generator of their own
         r, dls = _loaders(s, device)
         if s.setdefault('images', seen := _fingerprint(dls)) != seen: raise ValueError(f"the training images are not those that {part} was begun with: give it the same data, or start another run")
@@ -365,7 +368,8 @@ def _plain_errors(command):
     try: yield
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as e:
         if os.environ.get('VIT_NBDEV_DEBUG'): raise
-        sys.exit(f"{command}: {' '.join(str(e).split())}")
+        sentence = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(e))    # fastai's way to say where
+        sys.exit(f"{command}: {' '.join(sentence.split())}")
     except KeyboardInterrupt as e:
         print(f"{command}: {str(e) or 'stopped by Ctrl-C: nothing was kept'}", file=sys.stderr)
         sys.exit(130)
@@ -396,8 +400,9 @@ def predict(
     model, prep = model.to(device), config['preprocessing']
     mean, std = (torch.tensor(prep[k], device=device).view(-1, 1, 1) for k in ('mean', 'std'))
     files, results = image_files(paths), []
+    starts = range(0, len(files), bs)
     with redirect_stdout(sys.stderr):    # where fastprogress shall draw
-        for start in progress_bar(range(0, len(files), bs), display=progress, leave=False):
+        for start in progress_bar(starts, leave=False) if progress else starts:
             batch, images = [{'file': str(f)} for f in files[start:start + bs]], []
             for result in batch:
                 try: images.append(read_image(result['file'], prep['img_size'], prep['in_chans']))

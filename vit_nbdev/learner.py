@@ -63,12 +63,13 @@ def adamw(
         if p.ndim not in (2, 4): opt.state[p]['do_wd'] = False
     return opt
 
-# %% ../nbs/04_learner.ipynb #84f2af81
+# %% ../nbs/04_learner.ipynb #7b7846dc
 class ViTLearner(Learner):
     "fastai's `Learner`; a fit may begin at a later epoch than the first (see `Checkpoint`)"
-    start_epoch = 0
+    first_epoch = 0
     def _do_fit(self):
-        for self.epoch in range(self.start_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        if self.first_epoch and getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)   # the bar begins at zero
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 def vit_learner(
     dls: DataLoaders,              # batches of images `(b c h w)` and labels `(b)`
@@ -219,7 +220,7 @@ def _set_random_states(states, dls):
     if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states['cuda'])
     for dl, state in zip(dls, states['loaders']): getattr(dl, 'dl', dl).rng.setstate(state)
 
-# %% ../nbs/04_learner.ipynb #21cbde59
+# %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):
     "After each epoch write all that the next one depends on; a fit that finds the file goes on from there"
     order = 70    # the last: after `Recorder` has its row and `EMA` has put the trained weights back
@@ -254,7 +255,7 @@ class Checkpoint(Callback):
                          recorder=dict(lrs=list(map(float, r.lrs)), iters=list(r.iters), values=[list(map(float, v)) for v in r.values],
                                        losses=list(map(float, r.losses)), smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])), self.file)
 
-    def after_fit(self): self.learn.start_epoch = 0
+    def after_fit(self): self.learn.first_epoch = 0
 
     def _restore(self, state):
         r, saved = self.recorder, state['recorder']
@@ -269,12 +270,16 @@ class Checkpoint(Callback):
         for name, part in self._parts.items(): part.load_state_dict(state['parts'][name])
         r.lrs, r.iters, r.values, r.losses = saved['lrs'], saved['iters'], saved['values'], saved['losses']
         r.smooth_loss.count, r.smooth_loss.val = saved['smooth'][0], torch.tensor(saved['smooth'][1])
-        self.learn.start_epoch, self.seconds = state['epoch'], state['seconds']
+        self.learn.first_epoch, self.seconds = state['epoch'], state['seconds']
         _set_random_states(state['random'][rank_distrib()], self.dls)
 
-# %% ../nbs/04_learner.ipynb #6675349b
+# %% ../nbs/04_learner.ipynb #35e839cb
 class DealtDL(DistributedDL):
     "fastai's distributed loader; training batches are those of one process, dealt out to all of them"
+    def __init__(self, dl, **kwargs):
+        super().__init__(dl, **kwargs)
+        self.n = len(dl.dataset)      # fastai's sets it in the first epoch only, and `one_batch` asks for it before
+
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=self.device)
         torch.distributed.broadcast(t, rank)
