@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'Diverged', 'save_model', 'load_model', 'plot_curves', 'plot_confusion', 'plot_predictions', 'train',
-           'vit_train', 'image_files', 'predict', 'vit_predict']
+           'vit_train', 'image_files', 'predict', 'vit_predict', 'explain', 'vit_explain']
 
 # %% ../nbs/08_cli.ipynb #b29b6f0b
 import hashlib, json, math, os, platform, re, shutil, sys, tempfile, warnings
@@ -446,3 +446,35 @@ def vit_predict(
 
 def _to_json(results): return json.dumps(results, indent=2)
 
+
+# %% ../nbs/08_cli.ipynb #explain1
+from .interpret import explore
+
+# %% ../nbs/08_cli.ipynb #explain2
+def explain(
+    run: str|Path,                     # a run folder
+    files: list[str|Path],             # image files
+    out: str|Path = 'attention.html',  # the page
+    force: bool = False,               # replace `out` if it exists
+) -> Path:                             # the page
+    "Write a page that shows what the model of a run attends to in image files"
+    model, config = load_model(run)
+    prep, out = config['preprocessing'], Path(out)
+    if not out.parent.is_dir(): raise FileNotFoundError(f"there is no folder {out.parent} for {out.name}: make it, or choose another --out")
+    if out.is_dir() or out.exists() and not force: raise FileExistsError(f"{out} exists: choose another --out, or --force to replace a page")
+    mean, std = (torch.tensor(prep[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    images = torch.stack([read_image(f, prep['img_size'], prep['in_chans']) for f in files])
+    explore(model, (images/255 - mean)/std, out, prep, titles=[Path(f).name for f in files])
+    return out
+
+@call_parse
+def vit_explain(
+    run:str,                                            # a run folder that vit_train made
+    images:_one_or_more("image files"),
+    out:str='attention.html',                           # the page
+    force:store_true=False,                             # replace the page if it exists
+):
+    "Write an HTML page that shows what the model of a run attends to in each image"
+    with _plain_errors('vit_explain'):
+        out = explain(run, images, out=out, force=force)
+        print(f"{out} ({out.stat().st_size/1000:.0f} kB) shows {len(images)} image{'s'[:len(images) > 1]}: open it in a browser")
