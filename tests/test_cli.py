@@ -9,7 +9,7 @@ from PIL import Image
 
 from vit_nbdev.cli import vit_predict, vit_train
 
-RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'model.safetensors', 'predictions.png', 'samples'}
+RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'mistakes.png', 'model.safetensors', 'predictions.png', 'report.html', 'samples'}
 
 def command(name): return [str(Path(sys.executable).parent/name)]    # the program that pip installed
 
@@ -265,7 +265,7 @@ FAST = dict(data='digits', recipe='digits', epochs=12, bs=128, seed=5, device='c
 def flags(**kwargs): return [str(x) for k, v in kwargs.items() for x in (f'--{k}', v)]
 
 def same_run(a, b):
-    for name in ('model.safetensors', 'metrics.csv', 'confusion.png', 'predictions.png', 'curves.png'):
+    for name in ('model.safetensors', 'metrics.csv', 'confusion.png', 'predictions.png', 'curves.png', 'mistakes.png'):
         assert (a/name).read_bytes() == (b/name).read_bytes(), name
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
