@@ -6,7 +6,7 @@
 __all__ = ['STEM', 'RECIPES', 'FORMAT', 'vit_groups', 'adamw', 'ViTLearner', 'vit_learner', 'EMA', 'Recipe', 'save_atomic',
            'load_checkpoint', 'Checkpoint', 'DealtDL', 'deal']
 
-# %% ../nbs/04_learner.ipynb #5e3bfadf
+# %% ../nbs/04_learner.ipynb #94ef7cb7
 import os, random, time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import get_c
+from fastai.data.transforms import Normalize, get_c
 from fastai.learner import CancelEpochException, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -63,12 +63,25 @@ def adamw(
         if p.ndim not in (2, 4): opt.state[p]['do_wd'] = False
     return opt
 
-# %% ../nbs/04_learner.ipynb #84f2af81
+# %% ../nbs/04_learner.ipynb #a3f701cc
 class ViTLearner(Learner):
     "fastai's `Learner`; a fit may begin at a later epoch than the first (see `Checkpoint`)"
-    start_epoch = 0
+    first_epoch = 0
     def _do_fit(self):
-        for self.epoch in range(self.start_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        if self.first_epoch and getattr(getattr(self, 'progress', None), 'mbar', None): self.progress.mbar.update(0)   # the bar begins at zero
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+def _pretrained(dls, source):
+    "A model with weights from elsewhere and a head for the classes of `dls`, which will prepare images as the weights expect"
+    from vit_nbdev.pretrained import load_pretrained
+    c, h, w = dls.one_batch()[0].shape[1:]
+    model = load_pretrained(source, img_size=h if h == w else (h, w), in_chans=c, n_classes=get_c(dls))
+    stats = [torch.tensor(model.preprocessing[k], device=dls.device).view(1, -1, 1, 1) for k in ('mean', 'std')]
+    for dl in dls.loaders:
+        for tfm in dl.after_batch.fs:
+            if isinstance(tfm, Normalize): tfm.mean, tfm.std = stats
+    if hasattr(dls, 'preprocessing'): dls.preprocessing |= {k: model.preprocessing[k] for k in ('mean', 'std')}
+    return model
 
 def vit_learner(
     dls: DataLoaders,              # batches of images `(b c h w)` and labels `(b)`
@@ -77,11 +90,13 @@ def vit_learner(
     wd: float = 0.05,              # weight decay of matrices and kernels, see `adamw`
     layer_decay: float|None = None,  # each block learns at this part of the rate of the one above it (Clark 2020), if given
     label_smoothing: float = 0.,   # part of a label's weight that is spread over all classes (Szegedy 2015)
+    pretrained: str|Path|dict|None = None,  # published weights to begin with, a source of `load_pretrained`, in place of `model`
     metrics=accuracy,              # shown after each epoch
     **kwargs,                      # the other arguments of `Learner`: `loss_func`, `opt_func`, `cbs`, `path`, ...
 ) -> ViTLearner:                   # an ordinary fastai `Learner`, on the device of `dls`
     "A fastai `Learner` that trains a Vision Transformer with AdamW and cross-entropy"
-    if isinstance(model, str):
+    if pretrained is not None: model = _pretrained(dls, pretrained)
+    elif isinstance(model, str):
         c, h, w = dls.one_batch()[0].shape[1:]
         if h != w: raise ValueError(f"images are {h} x {w} pixels, expected squares: resize them, or pass a model instead of its name")
         model = vit(model, img_size=h, in_chans=c, n_classes=get_c(dls))
@@ -219,7 +234,7 @@ def _set_random_states(states, dls):
     if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states['cuda'])
     for dl, state in zip(dls, states['loaders']): getattr(dl, 'dl', dl).rng.setstate(state)
 
-# %% ../nbs/04_learner.ipynb #21cbde59
+# %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):
     "After each epoch write all that the next one depends on; a fit that finds the file goes on from there"
     order = 70    # the last: after `Recorder` has its row and `EMA` has put the trained weights back
@@ -254,7 +269,7 @@ class Checkpoint(Callback):
                          recorder=dict(lrs=list(map(float, r.lrs)), iters=list(r.iters), values=[list(map(float, v)) for v in r.values],
                                        losses=list(map(float, r.losses)), smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])), self.file)
 
-    def after_fit(self): self.learn.start_epoch = 0
+    def after_fit(self): self.learn.first_epoch = 0
 
     def _restore(self, state):
         r, saved = self.recorder, state['recorder']
@@ -269,12 +284,16 @@ class Checkpoint(Callback):
         for name, part in self._parts.items(): part.load_state_dict(state['parts'][name])
         r.lrs, r.iters, r.values, r.losses = saved['lrs'], saved['iters'], saved['values'], saved['losses']
         r.smooth_loss.count, r.smooth_loss.val = saved['smooth'][0], torch.tensor(saved['smooth'][1])
-        self.learn.start_epoch, self.seconds = state['epoch'], state['seconds']
+        self.learn.first_epoch, self.seconds = state['epoch'], state['seconds']
         _set_random_states(state['random'][rank_distrib()], self.dls)
 
-# %% ../nbs/04_learner.ipynb #6675349b
+# %% ../nbs/04_learner.ipynb #35e839cb
 class DealtDL(DistributedDL):
     "fastai's distributed loader; training batches are those of one process, dealt out to all of them"
+    def __init__(self, dl, **kwargs):
+        super().__init__(dl, **kwargs)
+        self.n = len(dl.dataset)      # fastai's sets it in the first epoch only, and `one_batch` asks for it before
+
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=self.device)
         torch.distributed.broadcast(t, rank)
