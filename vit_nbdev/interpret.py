@@ -446,7 +446,7 @@ def _quantise(maps):
     levels = (maps/scale[:, None, None]).round().to(torch.uint8).cpu().numpy()
     return base64.b64encode(levels.tobytes()).decode(), scale.tolist()
 
-# %% ../nbs/06_interpret.ipynb #9a219f33
+# %% ../nbs/06_interpret.ipynb #83a93d5f
 _STYLE = '''
 :root {
   color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2129; --soft: #5b6470;
@@ -513,11 +513,11 @@ dd { margin: 0; }
   .columns { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
   .scale { grid-column: 1 / -1; flex-direction: column; } .scale div { flex-direction: row-reverse; }
-  #bar { width: 100%; height: .8rem; }
+  #bar { width: 100%; height: .8rem; } #heads button { padding: 1px; border-width: 1px; border-radius: 4px; }
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #b1f8b78d
+# %% ../nbs/06_interpret.ipynb #ac9211a1
 _BODY = '''
 <header><h1>What the model looks at</h1><p class="soft" id="about"></p></header>
 <div class="row" id="images" role="group" aria-label="Choose an image"></div>
@@ -545,7 +545,8 @@ _BODY = '''
 </div>
 <div class="columns">
 <section class="card" aria-labelledby="all"><h2 id="all">All heads, the same token</h2>
-  <div id="heads"></div><p class="soft" id="range"></p></section>
+  <div id="heads"></div><p class="soft" id="range"></p>
+  <label><input type="checkbox" id="own"> each head on its own scale</label></section>
 <section class="card" aria-labelledby="keys"><h2 id="keys">Keys</h2><dl id="help">
   <dt><kbd>&larr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> <kbd>&rarr;</kbd></dt><dd>next patch, while the image has the focus (<kbd>Tab</kbd> or click)</dd>
   <dt><kbd>T</kbd></dt><dd>next token that is no patch</dd><dt><kbd>[</kbd> <kbd>]</kbd></dt><dd>one block up or down</dd>
@@ -602,7 +603,7 @@ const css = rgb => `rgb(${rgb})`;
 const onTop = rgb => rgb[0]*.3 + rgb[1]*.59 + rgb[2]*.11 > 130 ? '#000' : '#fff';    // readable on that colour
 '''
 
-# %% ../nbs/06_interpret.ipynb #53651c90
+# %% ../nbs/06_interpret.ipynb #05d7ae3b
 _DRAW = '''
 function fit(canvas) {                                // as many pixels as the screen has
   const box = canvas.getBoundingClientRect(), s = devicePixelRatio || 1;
@@ -657,10 +658,12 @@ function drawBar(top) {
 function draw() {
   const all = range(L*H).map(k => weights(0, Math.floor(k/H), k % H, S.query));
   const row = weights(S.view, S.block, S.head, S.query);
-  const top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.map(highest));
+  const own = $('own').checked, top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.map(highest));
   drawPicture(row, top); drawMap($('map').firstChild, row, top, true); drawBar(top);
-  $('heads').querySelectorAll('button').forEach((b, k) => drawMap(b.firstChild, all[k], topAll, false));
-  $('range').textContent = `One scale of colours for all: 0 to ${percent(topAll)}. Click on a head to see it large.`;
+  $('heads').querySelectorAll('button').forEach((b, k) => {
+    drawMap(b.firstChild, all[k], own ? Math.max(1e-9, highest(all[k])) : topAll, false);
+  });
+  $('range').textContent = `${own ? 'Colours of each: 0 to its largest weight' : 'Colours of all: 0 to ' + percent(topAll)}. Click on a head to see it large.`;
   tell(row, top);
 }
 '''
@@ -714,7 +717,7 @@ function arrow(dr, dc) {
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #694a1306
+# %% ../nbs/06_interpret.ipynb #d8c83918
 _START = '''
 document.documentElement.style.setProperty('--shape', `${C}/${R}`);
 $('about').textContent = D.about; $('block').max = L - 1;
@@ -734,7 +737,7 @@ range(L).forEach(b => {
     e => e.append(document.createElement('canvas'))));
 });
 $('block').oninput = event => set({block: Number(event.target.value)});
-$('dim').onchange = draw;
+$('dim').onchange = $('own').onchange = draw;
 const picture = $('picture');
 picture.onpointermove = event => { if (event.pointerType === 'mouse' && !S.held) set({query: at(event, picture)}); };
 picture.onpointerdown = event => {
