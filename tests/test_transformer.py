@@ -327,7 +327,7 @@ def test_bad_input_is_named():
         (ValueError, 'depth=0', lambda: Encoder(8, 0, 2)),
         (ValueError, 'depth=0', lambda: Decoder(8, 0, 2)),
         (ValueError, 'drop_path=1', lambda: EncoderBlock(8, 2, drop_path=1.)),
-        (ValueError, "act='swish'.*gelu, gelu_tanh, relu", lambda: FeedForward(8, 16, act='swish')),
+        (ValueError, "act='swish'.*gelu, gelu_tanh, quick_gelu, relu", lambda: FeedForward(8, 16, act='swish')),
         (TypeError, 'n_head', lambda: Encoder(8, 1, 2, n_head=3)),
     ]:
         with pytest.raises(error, match=words): call()

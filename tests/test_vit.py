@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from vit_nbdev.pretrained import our_names
 from vit_nbdev.vit import CONFIGS, RESIZE, ViT, ViTConfig, resize_positions, vit, vit_config
 
 some = settings(max_examples=25, deadline=None, derandomize=True)
@@ -26,6 +27,7 @@ OPTIONS = {    # each is a change to SMALL; together they touch every field
     'conv stem': dict(stem='conv'),
     'norms': dict(embed_norm=True, norm_after_pool=True, qk_norm=True, norm_eps=1e-5),
     'layer scale': dict(layer_scale=0.1, act='gelu_tanh', mlp_ratio=2.5),
+    'no biases': dict(qkv_bias=False, patch_bias=False, act='quick_gelu'),
     'drops': dict(dropout=0.1, drop_path=0.2),
     'one channel, no head': dict(in_chans=1, n_classes=0),
     'oblong': dict(img_size=(16, 40), pos_resize='bilinear_corners', pos_std=1.),
@@ -59,19 +61,8 @@ every_option = pytest.mark.parametrize('option', OPTIONS)
 # ---- against timm
 
 def from_timm(sd, ours):
-    "timm's state dict under our names; what ours has and timm leaves out is zero there"
-    new = {}
-    for k, v in sd.items():
-        if k.startswith('attn_pool.q') or k.startswith('attn_pool.kv'): continue
-        for a, b in (('blocks.', 'encoder.blocks.'), ('norm.', 'encoder.norm.'), ('fc_norm.', 'pool_norm.'), ('norm_pre.', 'embed_norm.'),
-                     ('reg_token', 'registers'), ('attn_pool.latent', 'attn_pool.probe'), ('attn_pool.proj.', 'attn_pool.attn.proj.')):
-            if k.startswith(a): k = b + k[len(a):]; break
-        new[k] = v
-    for part in ('weight', 'bias'):
-        if f'attn_pool.q.{part}' in sd: new[f'attn_pool.attn.qkv.{part}'] = torch.cat([sd[f'attn_pool.q.{part}'], sd[f'attn_pool.kv.{part}']])
-    missing = {k: torch.zeros_like(v) for k, v in ours.state_dict().items() if k not in new}
-    assert all(v.numel() == 0 or k == 'patch_embed.proj.bias' for k, v in missing.items()), list(missing)
-    return new | missing
+    "timm's state dict under our names, and our tokens that are off, which have no rows"
+    return our_names(sd, 'timm') | {k: v for k, v in ours.state_dict().items() if not v.numel()}
 
 PUBLISHED = {   # timm's name: our name and what differs from it
     'vit_tiny_patch16_224': ('Ti/16', {}),
@@ -81,7 +72,9 @@ PUBLISHED = {   # timm's name: our name and what differs from it
     'deit3_small_patch16_224': ('S/16', dict(prefix_positions=False, layer_scale=1e-6)),
     'vit_small_patch14_dinov2': ('S/14', dict(img_size=518, layer_scale=1e-5, n_classes=0)),
     'vit_small_patch14_reg4_dinov2': ('S/14', dict(img_size=518, layer_scale=1e-5, n_classes=0, n_registers=4, prefix_positions=False)),
-    'vit_base_patch16_clip_224': ('B/16', dict(embed_norm=True, norm_eps=1e-5)),
+    'vit_base_patch16_clip_224': ('B/16', dict(embed_norm=True, norm_eps=1e-5, patch_bias=False)),
+    'vit_base_patch16_clip_quickgelu_224': ('B/16', dict(embed_norm=True, norm_eps=1e-5, patch_bias=False, act='quick_gelu', n_classes=512)),
+    'vit_medium_patch16_gap_256': ('S/16', dict(img_size=256, dim=512, n_heads=8, layer_scale=1e-6, pool='mean', qkv_bias=False)),
     'vit_base_patch16_siglip_224': ('B/16', dict(pool='map', n_classes=0)),
     'vit_base_patch16_siglip_gap_224': ('B/16', dict(pool='mean', n_classes=0)),
     'vit_little_patch16_reg4_gap_256': ('S/16', dict(img_size=256, dim=320, n_heads=5, mlp_ratio=5.6, depth=14, layer_scale=1e-5,
@@ -122,7 +115,7 @@ def test_gradients_are_timms(name):
     for m in (mine, theirs): m(x).sin().sum().backward()
     grads = from_timm({k: p.grad for k, p in theirs.named_parameters()}, mine)
     for k, p in mine.named_parameters():
-        if p.numel() and not (k == 'patch_embed.proj.bias' and 'clip' in name): close(p.grad, grads[k], 1e-10)
+        if p.numel(): close(p.grad, grads[k], 1e-10)
 
 def test_training_step_with_drops_is_timms():
     timm = pytest.importorskip('timm', reason='needs timm, with which the results are compared')

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,17 +22,20 @@ from .transformer import ACTIVATIONS, Encoder, FeedForward, sincos_2d
 
 # %% ../nbs/02_vit.ipynb #bdc327a3
 class PatchEmbedding(nn.Module):
-    "Cut an image into squares and project each to a token: a convolution whose stride is its kernel (Dosovitskiy 2020)"
+    "Cut an image into squares and project each to a token, as a convolution whose stride is its kernel (Dosovitskiy 2020)"
     def __init__(self,
         patch_size: int,  # side of a patch in pixels
         in_chans: int,    # channels of the image
         dim: int,         # width of a token
+        bias: bool = True,  # is a bias added to each token?
     ):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
-        return self.proj(x).flatten(2).mT
+        p = self.proj.stride[0]
+        patches = rearrange(x, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)     # as a product it is faster
 
 # %% ../nbs/02_vit.ipynb #e72d05b2
 class ConvStem(nn.Module):
@@ -58,6 +62,7 @@ RESIZE = {   # `pos_resize`: arguments of F.interpolate                         
     'bicubic_antialias': dict(mode='bicubic', antialias=True),                   # timm
     'bicubic':           dict(mode='bicubic'),                                   # transformers
     'bicubic_corners':   dict(mode='bicubic', align_corners=True),               # torchvision
+    'bicubic_offset':    dict(mode='bicubic', offset=0.1),                       # DINO and DINOv2, whose grid is 0.1 patches larger
     'bilinear':          dict(mode='bilinear'),                                  # timm, from Google's files
     'bilinear_corners':  dict(mode='bilinear', align_corners=True),              # Google's own code
 }
@@ -87,6 +92,8 @@ class ViTConfig:
     embed_norm: bool = False          # LayerNorm before the first block, as CLIP has
     norm_after_pool: bool = False     # the last LayerNorm after pooling instead of before it
     qk_norm: bool = False             # LayerNorm on queries and keys (Dehghani 2023)
+    qkv_bias: bool = True             # have the projections to queries, keys and values a bias?
+    patch_bias: bool = True           # has the projection of the patches one? CLIP's has none
     layer_scale: float|None = None    # start of the factors of `LayerScale` (Touvron 2021); None: no such factors
     act: str = 'gelu'                 # activation of the feed-forward network: a key of `ACTIVATIONS`
     dropout: float = 0.               # after positions and each linear layer of a block
@@ -158,8 +165,12 @@ def resize_positions(
     method: str = 'bicubic_antialias',   # a key of `RESIZE`
 ) -> Tensor:                             # `(1 new_h*new_w dim)`
     "Stretch learned positions to another grid by interpolation (Dosovitskiy 2020, section 3.2)"
+    if tuple(old) == tuple(new): return pos
     image = pos.mT.unflatten(2, old).to(torch.promote_types(pos.dtype, torch.float32))   # bicubic needs float32 at least
-    return F.interpolate(image, size=tuple(new), **RESIZE[method]).flatten(2).mT.to(pos.dtype)
+    kwargs = dict(RESIZE[method])
+    if offset := kwargs.pop('offset', 0): kwargs['scale_factor'] = [(n + offset)/o for n, o in zip(new, old)]
+    else: kwargs['size'] = tuple(new)
+    return F.interpolate(image, **kwargs).flatten(2).mT.to(pos.dtype)
 
 # %% ../nbs/02_vit.ipynb #7983b8d0
 class AttentionPool(nn.Module):
@@ -201,7 +212,8 @@ class ViT(nn.Module):
         super().__init__()
         self.config = c = config
         self.n_prefix, self.checkpointing = c.n_prefix, False
-        self.patch_embed = (ConvStem if c.stem == 'conv' else PatchEmbedding)(c.patch_size, c.in_chans, c.dim)
+        patch = (c.patch_size, c.in_chans, c.dim)
+        self.patch_embed = ConvStem(*patch) if c.stem == 'conv' else PatchEmbedding(*patch, bias=c.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, int(c.has_cls), c.dim))     # a token that is off has no rows
         self.registers = nn.Parameter(torch.zeros(1, c.n_registers, c.dim))
         self._n_slots = c.n_prefix if c.positions == 'learned' and c.prefix_positions else 0
@@ -212,7 +224,7 @@ class ViT(nn.Module):
         self.embed_drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.embed_norm = nn.LayerNorm(c.dim, eps=c.norm_eps) if c.embed_norm else nn.Identity()
         self.encoder = Encoder(c.dim, c.depth, c.n_heads, mlp_ratio=c.mlp_ratio, dropout=c.dropout, drop_path=c.drop_path,
-                               norm_eps=c.norm_eps, qk_norm=c.qk_norm, layer_scale=c.layer_scale, act=c.act)
+                               norm_eps=c.norm_eps, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm, layer_scale=c.layer_scale, act=c.act)
         self.pool_norm = nn.Identity()
         if c.norm_after_pool: self.encoder.norm, self.pool_norm = self.pool_norm, self.encoder.norm
         self.attn_pool = AttentionPool(c.dim, c.n_heads, c.mlp_ratio, c.act, c.norm_eps) if c.pool == 'map' else nn.Identity()
