@@ -1,5 +1,5 @@
 """vit_train and vit_predict as a user runs them, the good way and the bad ways."""
-import csv, json, os, shutil, signal, subprocess, sys, time
+import csv, json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 
 from vit_nbdev.cli import vit_predict, vit_train
 
-RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'model.safetensors', 'predictions.png', 'samples'}
+RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'mistakes.png', 'model.safetensors', 'predictions.png', 'report.html', 'samples'}
 
 def command(name): return [str(Path(sys.executable).parent/name)]    # the program that pip installed
 
@@ -39,7 +39,7 @@ def test_train_leaves_a_whole_run(trained):
     config = json.loads((run/'config.json').read_text())
     rows = list(csv.DictReader((run/'metrics.csv').open()))
     assert [int(r['epoch']) for r in rows] == list(range(8))
-    assert config['test_accuracy'] > 0.85 and config['epochs_done'] == 8 and not config['interrupted']
+    assert config['test_accuracy'] > 0.85 and config['settings']['epochs'] == 8
     assert f"test accuracy: {config['test_accuracy']:.2%}".replace('%', ' %') + ' (n=360)' in out
     assert '1,257 images to train, 180 to validate, 360 to test' in out and '136,010 parameters' in out
     for name in ('curves', 'confusion', 'predictions'):
@@ -63,7 +63,21 @@ def test_predict_names_a_bad_file_and_reads_the_others(trained):
     (cwd/'note.png').write_text('no image')
     code, out, err = shell('vit_predict', 'runs/digits', 'note.png', 'runs/digits/samples/0-5.png', 'nowhere.png', cwd=cwd)
     assert code == 1 and out.startswith('runs/digits/samples/0-5.png: ') and len(out.splitlines()) == 1
-    assert err.splitlines() == ["vit_predict: note.png can't be read as an image: replace it or take it away", 'vit_predict: there is no file nowhere.png']
+    assert err.splitlines() == ["vit_predict: note.png can't be read as an image: replace it or take it away", 'vit_predict: there is no file nowhere.png',
+                                'vit_predict: 2 of 3 files could not be read']
+
+def test_predict_reads_folders_and_names_the_likeliest(trained, capsys):
+    cwd, _ = trained
+    run = cwd/'runs'/'digits'
+    vit_predict.__wrapped__(str(run), [str(run/'samples')], top=3, device='cpu')
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(': ')[0] for line in lines] == sorted(map(str, (run/'samples').iterdir()))
+    for line in lines:
+        p = [float(x) for x in re.findall(r'\(([0-9.]+) %\)', line)]
+        assert len(p) == 3 and p == sorted(p, reverse=True) and sum(p) <= 100.1
+    (cwd/'empty').mkdir()
+    with pytest.raises(SystemExit, match='there is no image in the folder'): vit_predict.__wrapped__(str(run), [str(cwd/'empty')])
+    with pytest.raises(SystemExit, match='top is 0, but must be above zero'): vit_predict.__wrapped__(str(run), [str(run/'samples')], top=0)
 
 def test_same_seed_same_run(tmp_path):
     for name in 'ab': vit_train.__wrapped__(epochs=2, seed=3, device='cpu', out=tmp_path/name)
@@ -75,7 +89,7 @@ def test_force_replaces_a_run_and_nothing_else(tmp_path, capsys):
     with pytest.raises(SystemExit, match='--force to replace'): vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'run')
     assert (tmp_path/'run'/'config.json').read_text() == first
     vit_train.__wrapped__(epochs=1, seed=1, device='cpu', out=tmp_path/'run', force=True)
-    assert json.loads((tmp_path/'run'/'config.json').read_text())['seed'] == 1
+    assert json.loads((tmp_path/'run'/'config.json').read_text())['settings']['seed'] == 1
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('three years')
     with pytest.raises(SystemExit, match='not a run of vit_train'): vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'mine', force=True)
@@ -139,6 +153,12 @@ BAD_TRAIN = {
     'out is a file':     (dict(out='file.txt'), 'file.txt exists'),
     'out below a file':  (dict(out='file.txt/run'), r"can't write to file.txt \(.*\): choose another --out"),
     'path for digits':   (dict(path='other'), 'leave out --path'),
+    'unknown recipe':    (dict(recipe='mnist-quik'), 'the nearest: mnist-quick, mnist'),
+    'recipe and data':   (dict(recipe='mnist', data='digits'), "the recipe 'mnist' is for mnist, not digits"),
+    'recipe of a folder': (dict(recipe='folder'), "the recipe 'folder' needs --data"),
+    'precision':         (dict(precision='fp8'), "precision 'fp8' is not known: use fp32, bf16 or fp16"),
+    'fp16 on a CPU':     (dict(precision='fp16'), 'precision fp16 needs a GPU, the device is cpu: use fp32'),
+    'resume nothing':    (dict(resume='nowhere'), 'there is no unfinished run nowhere.part'),
     'loss explodes':     (dict(lr=1e30), 'the loss is no longer a finite number in epoch 1.* try a lower --lr than 1e.30'),
 }
 
@@ -220,18 +240,159 @@ def interrupt(cwd, ready, timeout=240):
     finally: process.kill()
     return process.returncode, out, err
 
-def test_interrupt_keeps_what_was_learned(tmp_path):
-    def two_epochs(): return any(len(f.read_text().splitlines()) > 2 for f in (tmp_path/'runs').glob('.digits-*/metrics.csv'))
-    code, out, err = interrupt(tmp_path, two_epochs)
+def epochs_of(path):
+    "How many epochs `metrics.csv` tells of; 0 if there is none yet"
+    try: return len(path.read_text().splitlines()) - 1
+    except FileNotFoundError: return 0
+
+def test_interrupt_can_be_resumed(tmp_path):
+    code, out, err = interrupt(tmp_path, lambda: epochs_of(tmp_path/'runs'/'digits.part'/'metrics.csv') >= 2)
     assert code == 130 and 'Traceback' not in out + err
-    assert 'stopped by Ctrl-C; the run is in runs/digits' in err
-    run = tmp_path/'runs'/'digits'
-    assert {p.name for p in run.iterdir()} == RUN_FILES
-    config = json.loads((run/'config.json').read_text())
-    assert config['interrupted'] and 2 <= config['epochs_done'] < 2000
-    assert shell('vit_predict', run, run/'samples'/'0-5.png', cwd=tmp_path)[0] == 0
+    assert re.search(r'stopped by Ctrl-C after [0-9]+ epochs; go on with: vit_train --resume runs/digits', err)
+    assert [p.name for p in (tmp_path/'runs').iterdir()] == ['digits.part']
+    code, _, err = shell('vit_train', '--epochs', 1, '--out', 'runs/digits', cwd=tmp_path)
+    assert code == 1 and 'runs/digits.part is an unfinished run: go on with --resume runs/digits, or --force to begin anew' in err
 
 def test_interrupt_before_anything_was_learned(tmp_path):
-    code, out, err = interrupt(tmp_path, lambda: any((tmp_path/'runs').glob('.digits-*')) if (tmp_path/'runs').exists() else False)
+    code, out, err = interrupt(tmp_path, lambda: (tmp_path/'runs'/'digits.part').exists())
     assert code == 130 and 'Traceback' not in out + err and 'nothing was kept' in err
     assert list((tmp_path/'runs').iterdir()) == []
+
+# --- runs that survive ---
+
+FAST = dict(data='digits', recipe='digits', epochs=12, bs=128, seed=5, device='cpu')
+
+def flags(**kwargs): return [str(x) for k, v in kwargs.items() for x in (f'--{k}', v)]
+
+def same_run(a, b):
+    for name in ('model.safetensors', 'metrics.csv', 'confusion.png', 'predictions.png', 'curves.png', 'mistakes.png'):
+        assert (a/name).read_bytes() == (b/name).read_bytes(), name
+
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+    "kill -9 at random moments, resume each time; weights, metrics and pictures agree to the last byte"
+    code, _, err = shell('vit_train', *flags(**FAST, out='whole'), cwd=tmp_path)
+    assert code == 0, err
+    rng, kills, at = random.Random(time.time_ns()), 0, []
+    args = flags(**FAST, out='killed')
+    for attempt in range(4):
+        process = start('vit_train', *args, cwd=tmp_path)
+        before, wait = epochs_of(tmp_path/'killed.part'/'metrics.csv'), rng.uniform(0, 1.5)
+        while process.poll() is None and epochs_of(tmp_path/'killed.part'/'metrics.csv') <= before: time.sleep(0.005)
+        time.sleep(wait if attempt else 0.02)        # anywhere in the epochs that follow; the first time early
+        process.kill()
+        process.communicate()
+        if process.returncode == 0: break
+        kills, at = kills + 1, at + [epochs_of(tmp_path/'killed.part'/'metrics.csv')]
+        args = flags(resume='killed', device='cpu')
+    if process.returncode != 0:
+        code, _, err = shell('vit_train', *args, cwd=tmp_path)
+        assert code == 0, err
+    print(f'killed {kills} times, after epochs {at}')
+    assert kills >= 1
+    same_run(tmp_path/'whole', tmp_path/'killed')
+    assert {p.name for p in (tmp_path/'killed').iterdir()} == RUN_FILES
+
+@pytest.fixture(scope='module')
+def unfinished(tmp_path_factory):
+    "A run that was killed after three epochs, and the folder it lies in"
+    cwd = tmp_path_factory.mktemp('unfinished')
+    process = start('vit_train', *flags(**FAST | dict(epochs=500), out='run'), cwd=cwd)
+    while process.poll() is None and epochs_of(cwd/'run.part'/'metrics.csv') < 3: time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    return cwd
+
+def edit(name, **changes):
+    "Change entries of a checkpoint's facts"
+    state = torch.load(name, weights_only=True)
+    state['facts'].update(changes)
+    torch.save(state, name)
+
+BAD_RESUMES = {
+    'other data':    (lambda f: None, dict(data='mnist'), 'was begun with --data digits, not mnist'),
+    'other model':   (lambda f: None, dict(model='mnist'), 'was begun with --model digits, not mnist'),
+    'other epochs':  (lambda f: None, dict(epochs=7), 'was begun with --epochs 500, not 7'),
+    'with out':      (lambda f: None, dict(out='elsewhere'), 'leave out --out and --force'),
+    'other images':  (lambda f: edit(f, images='0123'), {}, 'the training images are not those'),
+    'newer format':  (lambda f: torch.save(torch.load(f, weights_only=True) | {'format': 99}, f), {}, 'format 99, .* update vit_nbdev'),
+    'other weights': (lambda f: edit(f, changes=dict(depth=3)), {}, 'holds another model'),
+    'truncated':     (lambda f: f.write_bytes(f.read_bytes()[:-500]), {}, 'is damaged or no checkpoint'),
+    'no checkpoint': (lambda f: f.write_bytes(b'hello'), {}, 'is damaged or no checkpoint'),
+    'none at all':   (lambda f: f.unlink(), {}, 'has no checkpoint yet'),
+}
+
+@pytest.mark.parametrize('name', BAD_RESUMES)
+def test_bad_resume(name, unfinished, tmp_path):
+    damage, kwargs, sentence = BAD_RESUMES[name]
+    part = shutil.copytree(unfinished/'run.part', tmp_path/'run.part')
+    damage(part/'checkpoint.pt')
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=sentence) as e: vit_train.__wrapped__(resume=str(tmp_path/'run'), device='cpu', **kwargs)
+    assert '\n' not in str(e.value) and 'Exception occured' not in str(e.value)
+    assert contents(tmp_path) == before or name == 'other weights'     # what could be of use is still there
+
+def test_finished_runs_are_not_resumed(trained):
+    with pytest.raises(SystemExit, match='is finished: there is nothing to resume'): vit_train.__wrapped__(resume=str(trained[0]/'runs'/'digits'))
+
+def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(tmp_path):
+    "The disk is full: one sentence, and the good file is still there"
+    from vit_nbdev.learner import FORMAT, load_checkpoint, save_atomic
+    if not Path('/dev/full').exists(): pytest.skip('no /dev/full here')
+    file = tmp_path/'checkpoint.pt'
+    save_atomic(dict(format=FORMAT, epoch=3), file)
+    (tmp_path/'checkpoint.pt.tmp').symlink_to('/dev/full')
+    with pytest.raises(OSError, match="can't write .*checkpoint.pt .*; .*checkpoint.pt, which was written before, is whole"):
+        save_atomic(dict(format=FORMAT, epoch=4, x=torch.zeros(100_000)), file)
+    assert load_checkpoint(file)['epoch'] == 3 and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
+
+# --- several processes ---
+
+TWO = """
+import sys, torch
+from pathlib import Path
+from fastai.torch_core import set_seed, num_distrib, rank_distrib
+from fastai.callback.core import Callback
+from vit_nbdev.data import digits_dls
+from vit_nbdev.learner import deal, vit_learner
+from vit_nbdev.cli import _join_processes
+torch.set_num_threads(1)
+class Seen(Callback):
+    "Which images came in an epoch, told apart by their bytes"
+    def before_fit(self): self.seen = []
+    def before_batch(self):
+        if self.training and self.epoch == 0: self.seen.append([x.numpy().tobytes() for x in self.x])
+set_seed(0)
+_join_processes(torch.device('cpu'))
+dls = deal(digits_dls(bs=60, augment=False, device='cpu'))
+learn = vit_learner(dls, 'digits', cbs=Seen())
+with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, 3e-3)
+weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+torch.save(dict(weights=weights, seen=learn.seen.seen, values=list(learn.recorder.values[-1])), f'{sys.argv[1]}-{rank_distrib()}.pt')
+"""
+
+def torchrun(n, *args, cwd): return shell('torchrun', '--standalone', f'--nproc_per_node={n}', *args, cwd=cwd)
+
+def test_two_processes_train_as_one(tmp_path):
+    "The same global batches give the same weights up to rounding, and each image is seen by one process only"
+    (tmp_path/'two.py').write_text(TWO)
+    done = subprocess.run([sys.executable, 'two.py', 'one'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code, _, err = torchrun(2, 'two.py', 'two', cwd=tmp_path)
+    assert code == 0, err
+    one, a, b = (torch.load(tmp_path/f, weights_only=False) for f in ('one-0.pt', 'two-0.pt', 'two-1.pt'))
+    assert torch.equal(a['weights'], b['weights'])
+    change = (one['weights'] - a['weights']).abs().max()
+    assert change < 2e-4, change                       # rounding; the weights have moved by about 0.1
+    assert len(one['seen']) == len(a['seen']) == len(b['seen'])
+    for whole, x, y in zip(one['seen'], a['seen'], b['seen']): assert sorted(whole) == sorted(x + y) and len(x) == len(y) == 30
+
+def test_vit_train_in_two_processes(tmp_path):
+    "One run folder, written by the first process; a batch that can't be dealt is refused"
+    code, out, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=2, bs=64, device='cpu', out='run'), cwd=tmp_path)
+    assert code == 0, err
+    assert out.count('test accuracy') == 1 and 'processes: 2' in out
+    assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES and [p.name for p in tmp_path.iterdir()] == ['run']
+    assert json.loads((tmp_path/'run'/'config.json').read_text())['processes'] == 2
+    code, _, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=1, bs=63, device='cpu', out='odd'), cwd=tmp_path)
+    assert code != 0 and "a batch of 63 can't be dealt to 2 processes" in err
+    assert [p.name for p in tmp_path.iterdir()] == ['run']

@@ -43,7 +43,7 @@ def test_wheel_is_complete(wheel):
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
     assert meta['Version'] == config['DEFAULT']['version'] and meta['License-Expression'] == 'Apache-2.0'
-    assert dict(scripts['console_scripts']) == {'vit_train': 'vit_nbdev.cli:vit_train', 'vit_predict': 'vit_nbdev.cli:vit_predict'}
+    assert dict(scripts['console_scripts']) == {name: f'vit_nbdev.cli:{name}' for name in ('vit_train', 'vit_predict', 'vit_explain')}
     needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(needed) == len(config['DEFAULT']['requirements'].split())
     assert not any(r.startswith(('nbdev', 'execnb', 'pytest')) for r in needed), needed
