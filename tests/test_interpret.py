@@ -445,7 +445,7 @@ def open_page(browser, tmp_path):
         tab = context.new_page()
         explore(model, x, tmp_path/'page.html', dict(mean=[0.], std=[1.], labels=[f'class {i}' for i in range(10)]))
         tab.on('pageerror', lambda e: troubles.append(str(e)))
-        tab.on('console', lambda m: troubles.append(m.text))
+        tab.on('console', lambda m: 'willReadFrequently' in m.text or troubles.append(m.text))     # advice for a test that reads pixels
         tab.on('request', lambda r: r.url.startswith(('file:', 'data:')) or troubles.append(r.url))
         tab.goto((tmp_path/'page.html').as_uri())
         tab.wait_for_timeout(100)
@@ -513,6 +513,20 @@ def test_every_view(open_page):
             assert close_to(shown(tab), rolled[block], q)
         tab.get_by_role('button', name='block 1, head 0').click()
         assert close_to(shown(tab), maps[1, 0], q) and tab.get_attribute('#views button', 'aria-pressed') == 'true'
+
+def test_scale_of_the_heads(open_page):
+    "On its own scale the largest weight of a head is yellow; on the common one that of the largest head only"
+    model = make(pool='mean')
+    x = images(model)
+    tab, maps = open_page(model, x), attention_maps(model, x[:1])[0]
+    point(tab, '#picture', 0, 0)
+    cell = """([k, i]) => { const c = document.querySelectorAll('#heads canvas')[k];
+        return [...c.getContext('2d').getImageData((i % 4 + .5)*c.width/4, (Math.floor(i/4) + .5)*c.height/4, 1, 1).data].slice(0, 3) }"""
+    yellow = lambda k: tab.evaluate(cell, [k, maps[k//2, k % 2, 0].argmax().item()]) == [253, 231, 36]
+    largest = maps[:, :, 0].amax(dim=-1).flatten().argmax().item()
+    assert [k for k in range(6) if yellow(k)] == [largest] and 'Colours of all: 0 to' in tab.inner_text('#range')
+    tab.get_by_label('each head on its own scale').check()
+    assert all(yellow(k) for k in range(6)) and 'Colours of each' in tab.inner_text('#range')
 
 def test_keyboard(open_page):
     model = make(pool='cls', n_registers=1)

@@ -186,15 +186,19 @@ class MultiHeadAttention(nn.Module):
     def queries(self, x: Tensor) -> Tensor:
         "The queries `(b h n head_dim)` of `x` `(b n dim)`"
         q = self.q(x) if self.kv_dim != self.dim else F.linear(x, *self._rows(slice(None, self.dim)))
-        return self.q_norm(rearrange(q, 'b n (h d) -> b h n d', h=self.n_heads))
+        return self.q_norm(self._heads(q, 1)[0])
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         "The keys and values `(b h m head_dim)` of `context` `(b m kv_dim)`"
         kv = self.kv(context) if self.kv_dim != self.dim else F.linear(context, *self._rows(slice(self.dim, None)))
-        k, v = rearrange(kv, 'b m (two h d) -> two b h m d', two=2, h=self.n_heads)
+        k, v = self._heads(kv, 2)
         return self.k_norm(k), v
 
     def _rows(self, rows): return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
+
+    def _heads(self, x, parts):
+        "`x` `(b n parts*dim)` as so many tensors `(b h n head_dim)`; in this order the gradient is put together in one copy"
+        return [t.transpose(1, 2) for t in x.unflatten(2, (parts, self.n_heads, self.head_dim)).unbind(2)]
 
     def forward(self,
         x: Tensor,                    # the tokens that ask `(b n dim)`
@@ -203,7 +207,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:                      # `(b n dim)`
         _check_inputs(self, x, context, mask)
         if context is None:
-            q, k, v = rearrange(self.qkv(x), 'b n (three h d) -> three b h n d', three=3, h=self.n_heads)
+            q, k, v = self._heads(self.qkv(x), 3)
             q, k = self.q_norm(q), self.k_norm(k)
         else: q, (k, v) = self.queries(x), self.keys_values(context)
         return self.mix(q, k, v, mask)

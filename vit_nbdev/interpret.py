@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .attention import FusedAttention, attention_weights, record_attention
 from .vit import PatchEmbedding, ViT, _grid
 
-# %% ../nbs/06_interpret.ipynb #562c82c6
+# %% ../nbs/06_interpret.ipynb #6b9bfc3d
 @contextmanager
 def _evaluating(model):
     "Dropout and the like are off inside the block; afterwards every part is in the mode it was in"
@@ -48,6 +48,7 @@ def _one_image(image):
         raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): choose one of a batch, x[0]")
     return image[None]
 
+# %% ../nbs/06_interpret.ipynb #555af3da
 def _record(model, x):
     "One pass: the weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, the logits"
     x = _images(x)
@@ -125,7 +126,7 @@ def _positive(q, k, v, mask, out, grad):
     weights = attention_weights(q, k, mask)
     return (weights*(grad.to(weights.dtype) @ v.to(weights.dtype).mT)).clamp(min=0).mean(dim=1)
 
-# %% ../nbs/06_interpret.ipynb #c872e555
+# %% ../nbs/06_interpret.ipynb #e8f19e89
 METHODS = ('attention', 'rollout', 'relevance')
 
 def _pick(name, i, n, what):
@@ -134,6 +135,7 @@ def _pick(name, i, n, what):
         raise ValueError(f"{name}={i!r}, but there are {n} {what}: 0 to {n - 1}, or -1 for the last")
     return i
 
+# %% ../nbs/06_interpret.ipynb #3a55a65a
 def heat_map(
     model: ViT,                       # any configuration
     x: Tensor,                        # images `(b c h w)`, normalised as in training
@@ -444,7 +446,7 @@ def _quantise(maps):
     levels = (maps/scale[:, None, None]).round().to(torch.uint8).cpu().numpy()
     return base64.b64encode(levels.tobytes()).decode(), scale.tolist()
 
-# %% ../nbs/06_interpret.ipynb #a3684c3c
+# %% ../nbs/06_interpret.ipynb #83a93d5f
 _STYLE = '''
 :root {
   color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2129; --soft: #5b6470;
@@ -491,7 +493,8 @@ input[type=range] { width: 100%; accent-color: var(--accent); margin: .2rem 0 .9
 }
 .probs span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 8rem; }
 .probs i { display: block; height: .55rem; border-radius: 4px; background: var(--accent); min-width: 2px; }
-#said { min-height: 3em; margin-top: .75rem; } #said b { font-variant-numeric: tabular-nums; }
+#said { min-height: 3em; margin-top: .75rem; }
+#said b { font-variant-numeric: tabular-nums; white-space: nowrap; }
 #heads { display: grid; gap: clamp(2px, .6vw, 8px); align-items: center; }
 #heads span { font-size: .75rem; color: var(--soft); text-align: center; overflow: hidden; }
 #heads button { padding: 2px; border-width: 2px; border-color: transparent; background: none; border-radius: 7px; }
@@ -510,11 +513,11 @@ dd { margin: 0; }
   .columns { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
   .scale { grid-column: 1 / -1; flex-direction: column; } .scale div { flex-direction: row-reverse; }
-  #bar { width: 100%; height: .8rem; }
+  #bar { width: 100%; height: .8rem; } #heads button { padding: 1px; border-width: 1px; border-radius: 4px; }
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #b1f8b78d
+# %% ../nbs/06_interpret.ipynb #ac9211a1
 _BODY = '''
 <header><h1>What the model looks at</h1><p class="soft" id="about"></p></header>
 <div class="row" id="images" role="group" aria-label="Choose an image"></div>
@@ -542,7 +545,8 @@ _BODY = '''
 </div>
 <div class="columns">
 <section class="card" aria-labelledby="all"><h2 id="all">All heads, the same token</h2>
-  <div id="heads"></div><p class="soft" id="range"></p></section>
+  <div id="heads"></div><p class="soft" id="range"></p>
+  <label><input type="checkbox" id="own"> each head on its own scale</label></section>
 <section class="card" aria-labelledby="keys"><h2 id="keys">Keys</h2><dl id="help">
   <dt><kbd>&larr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> <kbd>&rarr;</kbd></dt><dd>next patch, while the image has the focus (<kbd>Tab</kbd> or click)</dd>
   <dt><kbd>T</kbd></dt><dd>next token that is no patch</dd><dt><kbd>[</kbd> <kbd>]</kbd></dt><dd>one block up or down</dd>
@@ -599,7 +603,7 @@ const css = rgb => `rgb(${rgb})`;
 const onTop = rgb => rgb[0]*.3 + rgb[1]*.59 + rgb[2]*.11 > 130 ? '#000' : '#fff';    // readable on that colour
 '''
 
-# %% ../nbs/06_interpret.ipynb #f0b5f706
+# %% ../nbs/06_interpret.ipynb #05d7ae3b
 _DRAW = '''
 function fit(canvas) {                                // as many pixels as the screen has
   const box = canvas.getBoundingClientRect(), s = devicePixelRatio || 1;
@@ -635,7 +639,7 @@ function drawMap(canvas, row, top, large) {
   for (let i = 0; i < R*C; i++) {
     const rgb = colour(row[P + i], top), [x, y, cw, ch] = cell(i, w, h);
     ctx.fillStyle = css(rgb); ctx.fillRect(x, y, cw, ch);
-    if (large && cw > 38*s) {
+    if (large && cw > 30*s) {
       ctx.fillStyle = onTop(rgb); ctx.font = `${12*s}px system-ui, sans-serif`;
       ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
       ctx.fillText((100*row[P + i]).toFixed(1), x + cw/2, y + ch/2);
@@ -654,10 +658,12 @@ function drawBar(top) {
 function draw() {
   const all = range(L*H).map(k => weights(0, Math.floor(k/H), k % H, S.query));
   const row = weights(S.view, S.block, S.head, S.query);
-  const top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.map(highest));
+  const own = $('own').checked, top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.map(highest));
   drawPicture(row, top); drawMap($('map').firstChild, row, top, true); drawBar(top);
-  $('heads').querySelectorAll('button').forEach((b, k) => drawMap(b.firstChild, all[k], topAll, false));
-  $('range').textContent = `One scale of colours for all: 0 to ${percent(topAll)}. Click on a head to see it large.`;
+  $('heads').querySelectorAll('button').forEach((b, k) => {
+    drawMap(b.firstChild, all[k], own ? Math.max(1e-9, highest(all[k])) : topAll, false);
+  });
+  $('range').textContent = `${own ? 'Colours of each: 0 to its largest weight' : 'Colours of all: 0 to ' + percent(topAll)}. Click on a head to see it large.`;
   tell(row, top);
 }
 '''
@@ -711,7 +717,7 @@ function arrow(dr, dc) {
 }
 '''
 
-# %% ../nbs/06_interpret.ipynb #694a1306
+# %% ../nbs/06_interpret.ipynb #d8c83918
 _START = '''
 document.documentElement.style.setProperty('--shape', `${C}/${R}`);
 $('about').textContent = D.about; $('block').max = L - 1;
@@ -731,7 +737,7 @@ range(L).forEach(b => {
     e => e.append(document.createElement('canvas'))));
 });
 $('block').oninput = event => set({block: Number(event.target.value)});
-$('dim').onchange = draw;
+$('dim').onchange = $('own').onchange = draw;
 const picture = $('picture');
 picture.onpointermove = event => { if (event.pointerType === 'mouse' && !S.held) set({query: at(event, picture)}); };
 picture.onpointerdown = event => {
@@ -775,7 +781,16 @@ class Page(str):
     def _repr_html_(self):
         return f'<iframe srcdoc="{html.escape(self)}" style="width: 100%; height: 900px; border: 0" title="attention explorer"></iframe>'
 
-# %% ../nbs/06_interpret.ipynb #2cc601a5
+# %% ../nbs/06_interpret.ipynb #13c75680
+def _html(facts):
+    "The page, with its data inside"
+    data = json.dumps(facts).replace('<', '\\u003c')     # no title or label can end the script element
+    return Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">'
+                f'<title>What the model looks at</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{_BODY}'
+                f'<script type="application/json" id="data">{data}</script><script>{_SCRIPT}{_DRAW}{_CONTROLS}{_START}</script></body></html>\n')
+
+# %% ../nbs/06_interpret.ipynb #250e8a0b
 def explore(
     model: ViT,                         # any configuration
     images: Tensor,                     # a few images `(b c h w)`, normalised as in training
@@ -804,10 +819,6 @@ def explore(
                  about=f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches '
                        f'of {c.patch_size} x {c.patch_size} pixels.',
                  colours=base64.b64encode(colormaps['viridis'](np.arange(256), bytes=True)[:, :3].tobytes()).decode())
-    data = json.dumps(facts).replace('<', '\\u003c')     # no title or label can end the script element
-    page = Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">'
-                f'<title>What the model looks at</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{_BODY}'
-                f'<script type="application/json" id="data">{data}</script><script>{_SCRIPT}{_DRAW}{_CONTROLS}{_START}</script></body></html>\n')
+    page = _html(facts)
     if path is not None: Path(path).write_text(page, encoding='utf-8')
     return page

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +22,7 @@ from .transformer import ACTIVATIONS, Encoder, FeedForward, sincos_2d
 
 # %% ../nbs/02_vit.ipynb #bdc327a3
 class PatchEmbedding(nn.Module):
-    "Cut an image into squares and project each to a token: a convolution whose stride is its kernel (Dosovitskiy 2020)"
+    "Cut an image into squares and project each to a token, as a convolution whose stride is its kernel (Dosovitskiy 2020)"
     def __init__(self,
         patch_size: int,  # side of a patch in pixels
         in_chans: int,    # channels of the image
@@ -32,7 +33,9 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
-        return self.proj(x).flatten(2).mT
+        p = self.proj.stride[0]
+        patches = rearrange(x, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)     # as a product it is faster
 
 # %% ../nbs/02_vit.ipynb #e72d05b2
 class ConvStem(nn.Module):
