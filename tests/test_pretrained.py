@@ -1,0 +1,519 @@
+"""Published weights: every format against the library it comes from, at its own and at another resolution; and files that are none"""
+import json, re, subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from test_vit import close, fill, images
+from vit_nbdev import pretrained
+from vit_nbdev.pretrained import load_pretrained, to_timm, to_torchvision
+from vit_nbdev.vit import ViT, ViTConfig, vit, vit_config
+
+both = pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+SMALL = dict(img_size=32, patch_size=8, num_classes=5, embed_dim=192, depth=2, num_heads=3)   # of timm's
+
+def same(mine, theirs, x, tol, features=None):
+    "Logits and features are the origin's, and they are no zeros"
+    with torch.no_grad():
+        ref = theirs(x)
+        ref = getattr(ref, 'logits', ref)
+        assert ref.std() > 0.05
+        close(mine(x), ref, tol)
+        if features: close(mine.forward_features(x), features(x), tol)
+
+def pixels(*size, b=2, dtype=torch.float32): return torch.randn(b, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+# ---- timm
+
+TIMM = {   # what is passed to timm's VisionTransformer on top of SMALL; what a bare state dict can't tell
+    'augreg, deit': ({}, {}),
+    'deit3': (dict(no_embed_class=True, init_values=0.3), {}),
+    'reg4': (dict(no_embed_class=True, init_values=0.3, reg_tokens=4), {}),
+    'reg4 gap': (dict(no_embed_class=True, reg_tokens=4, class_token=False, global_pool='avg'), {}),
+    'registers with positions': (dict(reg_tokens=3), {}),
+    'dinov2': (dict(init_values=0.3, num_classes=0), {}),
+    'clip': (dict(pre_norm=True, norm_layer='layernorm_1e5'), {}),
+    'clip quickgelu': (dict(pre_norm=True, norm_layer='layernorm_1e5', act_layer='quick_gelu'), dict(act='quick_gelu')),
+    'siglip': (dict(class_token=False, global_pool='map'), {}),
+    'siglip2': (dict(class_token=False, global_pool='map', act_layer='gelu_tanh'), dict(act='gelu_tanh')),
+    'siglip gap': (dict(class_token=False, global_pool='avg', fc_norm=False), {}),
+    'qk-norm': (dict(qk_norm=True), {}),
+    'avg beside the class token': (dict(global_pool='avg'), {}),
+    'no bias of q, k, v': (dict(qkv_bias=False), {}),
+    'no positions': (dict(pos_embed='none'), dict(positions='none', img_size=32)),
+    'wide': (dict(mlp_ratio=5.6, embed_dim=320, num_heads=5), {}),
+}
+every_timm = pytest.mark.parametrize('name', TIMM)
+
+def timm_model(name, **kwargs):
+    pytest.importorskip('timm', reason='needs timm, with which the results are compared')
+    from functools import partial
+    from timm.models.vision_transformer import VisionTransformer
+    kwargs = SMALL | TIMM[name][0] | kwargs
+    if kwargs.pop('norm_layer', None): kwargs['norm_layer'] = partial(torch.nn.LayerNorm, eps=1e-5)
+    return fill(VisionTransformer(**kwargs))
+
+@both
+@every_timm
+def test_timm(name, dtype, tol):
+    theirs = timm_model(name).to(dtype)
+    mine = load_pretrained(theirs.state_dict(), **TIMM[name][1])
+    same(mine, theirs, pixels(32, 32, dtype=dtype), tol, theirs.forward_features)
+
+@both
+@pytest.mark.parametrize('name', [name for name in TIMM if name != 'no positions'])
+def test_timm_at_another_resolution(name, dtype, tol):
+    from timm.models.vision_transformer import checkpoint_filter_fn
+    small = timm_model(name).state_dict()
+    theirs = timm_model(name, img_size=(48, 64))
+    theirs.load_state_dict(checkpoint_filter_fn(small, theirs))
+    mine = load_pretrained(small, img_size=(48, 64), **TIMM[name][1])
+    same(mine.to(dtype), theirs.to(dtype), pixels(48, 64, dtype=dtype), tol, theirs.forward_features)   # timm stretches in float32
+    assert any('pos_embed from 4 x 4 patches to 6 x 8' in line for line in mine.report)
+
+@every_timm
+def test_round_trip_timm(name):
+    theirs = timm_model(name).state_dict()
+    back = to_timm(load_pretrained(theirs, **TIMM[name][1]))
+    assert set(back) == set(theirs)
+    for k in theirs: assert torch.equal(back[k], theirs[k]), k
+
+ARCHITECTURES = r'^(vit_(tiny|small|base|large|huge|giant|gigantic|so|little|medium|betwixt|xsmall|wee|giantopt|intern)|deit)'
+
+def test_every_architecture_of_timm_is_understood_or_refused(monkeypatch):
+    "From names and shapes alone: heads, epsilon, activation, pooling. What we don't compute is refused"
+    timm = pytest.importorskip('timm', reason='needs timm, whose models are asked')
+    from timm.models.vision_transformer import VisionTransformer
+    done, refused = [], []
+    for name in timm.list_models():
+        if not re.match(ARCHITECTURES, name): continue
+        with torch.device('meta'), pretrained._NoInit(): model = timm.create_model(name)
+        beside = dict(architecture=name, global_pool=getattr(model, 'global_pool', 'token'), pretrained_cfg=dict(model.pretrained_cfg))
+        try:
+            monkeypatch.setattr(pretrained, '_read', lambda source: (dict(model.state_dict()), pretrained._timm_facts(beside)))
+            mine = load_pretrained(name)
+        except ValueError as e:
+            refused.append(name)
+            assert 'variant of ViT' in str(e) or "don't fit the model" in str(e) or 'not the weights' in str(e) or 'there is no' in str(e), f'{name}: {e}'
+            continue
+        done.append(name)
+        assert type(model) is VisionTransformer, name
+        block, c = model.blocks[0], mine.config
+        assert c.n_heads == block.attn.num_heads and c.norm_eps == block.norm1.eps, name
+        assert c.act == {'GELU': 'gelu', 'GELUTanh': 'gelu_tanh', 'QuickGELU': 'quick_gelu'}[type(block.mlp.act).__name__], name
+        assert c.pool == dict(token='cls', avg='mean', map='map')[model.global_pool] and c.grid == model.patch_embed.grid_size, name
+        assert c.has_cls == model.has_class_token and c.n_registers == model.num_reg_tokens and c.prefix_positions != model.no_embed_class or not c.n_prefix, name
+        assert set(to_timm(mine)) == set(model.state_dict()), name
+    print(len(done), 'understood;', len(refused), 'refused:', *refused)
+    assert len(done) > 100 and not [n for n in refused if re.match(r'deit3?_(tiny|small|base|large)_patch16_\d+$|vit_(tiny|small|base|large)_patch(8|16|32)_(224|384)$', n)]
+
+# ---- torchvision
+
+def torchvision_model(img_size=32, dtype=torch.float32):
+    from torchvision.models import VisionTransformer
+    return fill(VisionTransformer(img_size, 8, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=384, num_classes=5)).to(dtype)
+
+@both
+@pytest.mark.parametrize('old', [False, True])
+def test_torchvision(old, dtype, tol):
+    theirs = torchvision_model(dtype=dtype)
+    w = theirs.state_dict()
+    if old: w = {k.replace('mlp.0.', 'mlp.linear_1.').replace('mlp.3.', 'mlp.linear_2.'): v for k, v in w.items()}
+    def features(x): return theirs.encoder(torch.cat([theirs.class_token.expand(len(x), -1, -1), theirs._process_input(x)], dim=1))
+    same(load_pretrained(w), theirs, pixels(32, 32, dtype=dtype), tol, features)
+
+@both
+def test_torchvision_at_another_resolution(dtype, tol):
+    from torchvision.models.vision_transformer import interpolate_embeddings
+    w, theirs = torchvision_model(dtype=dtype).state_dict(), torchvision_model(64, dtype)
+    theirs.load_state_dict(interpolate_embeddings(64, 8, dict(w)))    # which writes into what it is given
+    same(load_pretrained(w, img_size=64), theirs, pixels(64, 64, dtype=dtype), tol)
+
+def test_round_trip_torchvision():
+    theirs = torchvision_model().state_dict()
+    back = to_torchvision(load_pretrained(theirs))
+    assert set(back) == set(theirs)
+    for k in theirs: assert torch.equal(back[k], theirs[k]), k
+
+@pytest.mark.parametrize('name, ours', [('vit_b_16', 'B/16'), ('vit_b_32', 'B/32'), ('vit_l_16', 'L/16'), ('vit_l_32', 'L/32'), ('vit_h_14', 'H/14')])
+def test_sizes_of_torchvision(name, ours):
+    import torchvision
+    with torch.device('meta'): theirs = getattr(torchvision.models, name)()
+    mine = load_pretrained(theirs.state_dict())
+    for field in ('dim', 'depth', 'n_heads', 'mlp_ratio', 'patch_size', 'n_classes', 'img_size', 'pool', 'act', 'norm_eps'):
+        assert getattr(mine.config, field) == getattr(vit_config(ours), field), field
+    assert theirs.encoder.layers[0].num_heads == mine.config.n_heads
+
+# ---- transformers
+
+def transformers_model(classifier=True, dtype=torch.float32, **kwargs):
+    transformers = pytest.importorskip('transformers', reason='needs transformers, with which the results are compared')
+    config = transformers.ViTConfig(**dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=384, image_size=32, patch_size=8,
+                                           num_labels=5) | kwargs)
+    return fill((transformers.ViTForImageClassification if classifier else transformers.ViTModel)(config)).to(dtype)
+
+@both
+@pytest.mark.parametrize('kwargs', [{}, dict(qkv_bias=False), dict(hidden_act='gelu_pytorch_tanh'), dict(layer_norm_eps=1e-5, num_attention_heads=6)])
+def test_transformers(kwargs, dtype, tol, tmp_path):
+    theirs = transformers_model(dtype=dtype, **kwargs)
+    theirs.save_pretrained(tmp_path)                         # the names of files
+    x = pixels(32, 32, dtype=dtype)
+    mine = load_pretrained(tmp_path)
+    same(mine, theirs, x, tol, lambda x: theirs.vit(x).last_hidden_state)
+    if not {'hidden_act', 'layer_norm_eps'} & set(kwargs):   # the names of models
+        again = load_pretrained(theirs.state_dict())
+        assert torch.equal(again(x), mine(x)) and "act='gelu', norm_eps=1e-12, n_heads=3" in again.report[0] and 'n_heads' not in mine.report[0]
+
+@both
+def test_transformers_at_another_resolution(dtype, tol):
+    theirs, x = transformers_model(dtype=dtype), pixels(48, 80, dtype=dtype)
+    mine = load_pretrained(theirs.state_dict(), img_size=(48, 80))
+    same(mine, lambda x: theirs(x, interpolate_pos_encoding=True), x, tol)
+    same(load_pretrained(theirs.state_dict()), lambda x: theirs(x, interpolate_pos_encoding=True), x, tol)   # at call time, too
+
+def test_transformers_without_a_head():
+    theirs, x = transformers_model(classifier=False), pixels(32, 32)
+    mine = load_pretrained(theirs.state_dict())
+    with torch.no_grad():
+        ref = theirs(x).last_hidden_state
+        close(mine.forward_features(x), ref, 1e-5)
+        close(mine(x), ref[:, 0], 1e-5)
+    assert mine.report[0] == 'left out: pooler.dense.weight, pooler.dense.bias'
+
+def test_preprocessing_of_transformers(tmp_path):
+    theirs = transformers_model(id2label={i: f'kind {i}' for i in range(5)})
+    theirs.save_pretrained(tmp_path)
+    (tmp_path/'preprocessor_config.json').write_text(json.dumps(dict(
+        do_resize=True, size=dict(height=32, width=32), resample=3, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])))
+    assert load_pretrained(tmp_path).preprocessing == dict(img_size=32, in_chans=3, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bicubic',
+                                                           crop_pct=1., labels=[f'kind {i}' for i in range(5)])
+
+# ---- Google
+
+def flax_arrays(model, big_vision=False):
+    "The weights of `model` as flax keeps them: inputs first, heads apart"
+    c, w = model.config, {k: v.detach().numpy() for k, v in model.state_dict().items() if v.numel()}
+    attn, norm, mlp = (0, 1, 0) if big_vision else (1, 2, 3)
+    out = {('' if big_vision else 'Transformer/posembed_input/') + 'pos_embedding': w['pos_embed'], 'embedding/kernel': w['patch_embed.proj.weight'].transpose(2, 3, 1, 0),
+           'embedding/bias': w['patch_embed.proj.bias']}
+    if c.has_cls: out['cls'] = w['cls_token']
+    def dense(theirs, ours): out[theirs + '/kernel'], out[theirs + '/bias'] = w[ours + '.weight'].T, w[ours + '.bias']
+    def layer_norm(theirs, ours): out[theirs + '/scale'], out[theirs + '/bias'] = w[ours + '.weight'], w[ours + '.bias']
+    def attention(theirs, ours):
+        for name, m, b in zip(('query', 'key', 'value'), np.split(w[ours + '.qkv.weight'], 3), np.split(w[ours + '.qkv.bias'], 3)):
+            out[f'{theirs}/{name}/kernel'], out[f'{theirs}/{name}/bias'] = m.T.reshape(c.dim, c.n_heads, -1), b.reshape(c.n_heads, -1)
+        out[theirs + '/out/kernel'], out[theirs + '/out/bias'] = w[ours + '.proj.weight'].T.reshape(c.n_heads, -1, c.dim), w[ours + '.proj.bias']
+    for i in range(c.depth):
+        theirs, ours = f'Transformer/encoderblock_{i}/', f'encoder.blocks.{i}.'
+        layer_norm(theirs + 'LayerNorm_0', ours + 'norm1')
+        layer_norm(theirs + f'LayerNorm_{norm}', ours + 'norm2')
+        attention(theirs + f'MultiHeadDotProductAttention_{attn}', ours + 'attn')
+        for j in range(2): dense(theirs + f'MlpBlock_{mlp}/Dense_{j}', ours + f'mlp.fc{j + 1}')
+    layer_norm('Transformer/encoder_norm', 'encoder.norm')
+    if c.n_classes: dense('head', 'head')
+    if c.pool == 'map':
+        out['MAPHead_0/probe'] = w['attn_pool.probe']
+        attention('MAPHead_0/MultiHeadDotProductAttention_0', 'attn_pool.attn')
+        layer_norm('MAPHead_0/LayerNorm_0', 'attn_pool.norm')
+        for j in range(2): dense(f'MAPHead_0/MlpBlock_0/Dense_{j}', f'attn_pool.mlp.fc{j + 1}')
+    return out
+
+def google_model(**changes):
+    return fill(ViT(ViTConfig(**dict(img_size=32, patch_size=8, n_classes=5, dim=192, depth=2, n_heads=4, mlp_ratio=2, act='gelu_tanh',
+                                     pos_resize='bilinear_corners') | changes)))
+
+def stack(arrays):
+    "Blocks one above the other, as a scanned checkpoint has them"
+    blocks = {k.replace('_0', '', 1): [v, arrays[k.replace('encoderblock_0', 'encoderblock_1')]] for k, v in arrays.items() if 'encoderblock_0' in k}
+    return {k: v for k, v in arrays.items() if 'encoderblock' not in k} | {k: np.stack(v) for k, v in blocks.items()}
+
+NPZ = {
+    'vision_transformer': ({}, False, lambda a: a),
+    'opt/target/': ({}, False, lambda a: {'opt/target/' + k: v for k, v in a.items()}),
+    'gap': (dict(pool='mean'), False, lambda a: a),
+    'big_vision': (dict(prefix_positions=False), True, lambda a: a),
+    'params/': (dict(pool='map'), True, lambda a: {'params/' + k: v for k, v in a.items()}),
+    'params/img/': (dict(pool='map', n_classes=0), True, lambda a: {'params/img/' + k: v for k, v in a.items()} | {'params/t': np.ones(1), 'params/txt/head/bias': np.ones(3)}),
+    'scanned': (dict(pool='mean'), True, stack),
+}
+
+@pytest.mark.parametrize('name', NPZ)
+def test_npz(name, tmp_path):
+    changes, big_vision, change = NPZ[name]
+    origin = google_model(**changes)
+    np.savez(tmp_path/'w.npz', **change(flax_arrays(origin, big_vision)))
+    mine = load_pretrained(tmp_path/'w.npz')
+    assert {k: v for k, v in origin.config.__dict__.items() if k != 'cls_token'} == {k: v for k, v in mine.config.__dict__.items() if k != 'cls_token'}
+    for k, v in origin.state_dict().items(): assert torch.equal(mine.state_dict()[k], v), k
+
+@pytest.mark.parametrize('name', ['vision_transformer', 'opt/target/', 'params/', 'scanned'])
+def test_npz_is_timms(name, tmp_path):
+    "timm reads the same file to the same numbers, if we compute the exact GELU as it does"
+    changes, big_vision, change = NPZ[name]
+    origin = google_model(**changes)
+    np.savez(tmp_path/'w.npz', **change(flax_arrays(origin, big_vision)))
+    pytest.importorskip('timm', reason='needs timm, with which the results are compared')
+    from timm.models.vision_transformer import VisionTransformer
+    theirs = VisionTransformer(img_size=32, patch_size=8, num_classes=5, embed_dim=192, depth=2, num_heads=4, mlp_ratio=2, class_token=origin.config.has_cls,
+                               global_pool=dict(cls='token', mean='avg', map='map')[origin.config.pool], fc_norm=False).eval()
+    theirs.load_pretrained(str(tmp_path/'w.npz'))
+    same(load_pretrained(tmp_path/'w.npz', act='gelu'), theirs, pixels(32, 32), 1e-5, theirs.forward_features)
+
+def test_npz_with_a_layer_before_the_head(tmp_path):
+    origin = google_model()
+    arrays = flax_arrays(origin) | {'pre_logits/kernel': np.eye(192), 'pre_logits/bias': np.zeros(192)}
+    np.savez(tmp_path/'w.npz', **arrays)
+    mine = load_pretrained(tmp_path/'w.npz')
+    x = pixels(32, 32)
+    assert torch.equal(mine.forward_features(x), origin.forward_features(x)) and mine.config.n_classes == 0
+    assert mine.report[0] == 'left out: pre_logits.weight, pre_logits.bias, head.weight, head.bias'
+
+def test_npz_in_bfloat16(tmp_path):
+    arrays = flax_arrays(google_model())
+    half = {k: torch.tensor(v).bfloat16() for k, v in arrays.items()}
+    np.savez(tmp_path/'w.npz', **{k: v.view(torch.int16).numpy().view('V2') for k, v in half.items()})
+    np.savez(tmp_path/'f.npz', **{k: v.float().numpy() for k, v in half.items()})
+    a, b = load_pretrained(tmp_path/'w.npz'), load_pretrained(tmp_path/'f.npz')
+    for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]), k
+    assert 'adapted: torch.bfloat16 became float32' in a.report and a.head.weight.dtype == torch.float32
+
+def test_npz_without_positions(tmp_path):
+    "big_vision's sincos2d, at any resolution, and of its own frequencies"
+    origin = google_model(pool='mean')
+    np.savez(tmp_path/'w.npz', **{k: v for k, v in flax_arrays(origin, True).items() if k != 'pos_embedding'})
+    for h, w in ((32, 32), (48, 64)):
+        pos = load_pretrained(tmp_path/'w.npz', img_size=(h, w)).pos_embed[0].view(h//8, w//8, 4, 48)
+        omega = 1/10000**(np.arange(48)/47)
+        for i, j in ((0, 0), (1, 3), (3, 2)):
+            close(pos[i, j].detach(), torch.tensor(np.stack([np.sin(j*omega), np.cos(j*omega), np.sin(i*omega), np.cos(i*omega)])).float(), 1e-6)
+
+# ---- DINOv2's own files
+
+@pytest.mark.parametrize('registers', [0, 4])
+def test_dinov2(registers):
+    origin = fill(ViT(ViTConfig(img_size=32, patch_size=8, n_classes=0, dim=192, depth=2, n_heads=3, layer_scale=0.3, n_registers=registers)))
+    w = to_timm(origin) | {'mask_token': torch.zeros(1, 192)}
+    if registers: w['register_tokens'], w['pos_embed'] = w.pop('reg_token'), w['pos_embed'][:, [0, *range(5, 21)]]
+    mine = load_pretrained(w)
+    assert mine.report[0] == 'left out: mask_token' and ("adapted: the class token's position became a part of cls_token" in mine.report) == (registers > 0)
+    assert mine.config.pos_resize == ('bicubic_antialias' if registers else 'bicubic_offset')
+    with torch.no_grad():
+        if registers: origin.pos_embed[:, 1:5] = 0    # registers have no position
+        close(mine(pixels(32, 32)), origin(pixels(32, 32)), 1e-6)
+    if not registers:    # as in its code: the scale has 0.1 patches added
+        grid = w['pos_embed'][:, 1:].mT.unflatten(2, (4, 4))
+        ref = torch.nn.functional.interpolate(grid, scale_factor=(6.1/4, 8.1/4), mode='bicubic').flatten(2).mT
+        assert torch.equal(load_pretrained(w, img_size=(48, 64)).pos_embed[:, 1:], ref)
+
+# ---- what may change, and what is said about it
+
+def test_nothing_is_silent(capsys):
+    w = torchvision_model().state_dict()
+    mine = load_pretrained(w, in_chans=1, n_classes=7, img_size=64, drop_path=0.1)
+    assert mine.report == ['adapted: patch_embed.proj.weight from 3 channels to 1 (summed)', 'left out: head.weight, head.bias (5 classes)',
+                           'new: head.weight, head.bias (7 classes), zeros', 'adapted: pos_embed from 4 x 4 patches to 8 x 8 (bicubic_corners)',
+                           "not among the weights, so assumed as is usual for torchvision: act='gelu', norm_eps=1e-06, n_heads=3, "
+                           "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation='bilinear', crop_pct=0.875"]
+    assert capsys.readouterr().out.splitlines() == mine.report
+    assert mine.config.drop_path == 0.1 and not mine.training and (mine.head.weight == 0).all()
+    assert mine.preprocessing['labels'] == [str(i) for i in range(7)] and len(mine.preprocessing['mean']) == 1
+    assert mine.train()(torch.randn(2, 1, 64, 64)).shape == (2, 7)
+
+@pytest.mark.parametrize('in_chans', [1, 2, 4, 6])
+def test_channels_are_adapted_as_by_timm(in_chans):
+    manipulate = pytest.importorskip('timm.models._manipulate', reason='needs timm, with which the results are compared')
+    w = torchvision_model().state_dict()
+    close(load_pretrained(w, in_chans=in_chans).patch_embed.proj.weight.detach(), manipulate.adapt_input_conv(in_chans, w['conv_proj.weight']), 1e-6)
+
+def test_a_grey_image_gives_the_logits_of_a_coloured_one():
+    w, x = torchvision_model().state_dict(), torch.randn(2, 1, 32, 32)
+    with torch.no_grad(): close(load_pretrained(w, in_chans=1)(x), load_pretrained(w)(x.expand(-1, 3, -1, -1)), 1e-5)
+
+def test_the_models_stay_apart():
+    "Training the model that was loaded leaves the one that was given as it is"
+    theirs = torchvision_model()
+    before = {k: v.clone() for k, v in theirs.state_dict().items()}
+    mine = load_pretrained(theirs.state_dict())
+    assert all(p.requires_grad for p in mine.parameters())
+    with torch.no_grad():
+        for p in mine.parameters(): p.add_(1.)
+    for k, v in theirs.state_dict().items(): assert torch.equal(v, before[k])
+
+def test_a_file_stays_as_it_is(tmp_path):
+    theirs = torchvision_model().state_dict()
+    save_file(theirs, tmp_path/'w.safetensors')
+    mine = load_pretrained(tmp_path/'w.safetensors')
+    with torch.no_grad():
+        for p in mine.parameters(): p.add_(1.)
+    again = load_pretrained(tmp_path/'w.safetensors')
+    for k, v in to_torchvision(again).items(): assert torch.equal(v, theirs[k])
+
+@pytest.mark.parametrize('write', [
+    lambda w, p: torch.save(w, p/'w.pth'), lambda w, p: torch.save({'model': w}, p/'w.bin'), lambda w, p: torch.save({'state_dict': w, 'epoch': 3}, p/'w.pt'),
+    lambda w, p: save_file(w, p/'w.safetensors'), lambda w, p: save_file({'module.' + k: v for k, v in w.items()}, p/'w.safetensors')])
+def test_files(write, tmp_path):
+    theirs = torchvision_model()
+    write(theirs.state_dict(), tmp_path)
+    path, = tmp_path.iterdir()
+    for source in (path, str(path), tmp_path): same(load_pretrained(source), theirs, pixels(32, 32), 1e-6)
+
+def test_half_precision_becomes_float32():
+    w = {k: v.half() for k, v in torchvision_model().state_dict().items()}
+    mine = load_pretrained(w)
+    assert {p.dtype for p in mine.parameters()} == {torch.float32} and mine.report[0] == 'adapted: torch.float16 became float32'
+    close(mine.head.weight.detach(), w['heads.head.weight'].float(), 0)
+
+@pytest.mark.parametrize('changes', [{}, dict(positions='sincos2d'), dict(positions='none'), dict(stem='conv', patch_size=4), dict(pool='map', n_registers=2)])
+def test_run_folders(changes, tmp_path):
+    from vit_nbdev.cli import save_model
+    model = fill(vit('mnist', **dict(drop_path=0.1) | changes))
+    prep = dict(img_size=28, in_chans=1, mean=[0.13], std=[0.3], labels=list('abcdefghij'))
+    save_model(model, tmp_path, prep)
+    mine = load_pretrained(tmp_path)
+    assert mine.config == model.config and mine.report == []
+    assert mine.preprocessing == prep | dict(interpolation='bilinear', crop_pct=1.)
+    assert torch.equal(mine(images(model.config)), model(images(model.config)))
+
+def test_folder_of_timm(tmp_path):
+    "Its config.json tells what weights can't"
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    theirs = fill(timm.create_model('vit_base_patch16_clip_quickgelu_224', img_size=64, depth=2, embed_dim=192, num_heads=6, num_classes=5))
+    save_for_hf(theirs, tmp_path, safe_serialization=True, model_config=dict(label_names=list('abcde')))
+    mine = load_pretrained(tmp_path)
+    same(mine, theirs, pixels(64, 64), 1e-5, theirs.forward_features)
+    cfg = theirs.pretrained_cfg
+    assert mine.preprocessing == dict(img_size=64, in_chans=3, mean=list(cfg['mean']), std=list(cfg['std']), interpolation='bicubic', crop_pct=cfg['crop_pct'],
+                                      labels=list('abcde'))
+    assert mine.config.n_heads == 6 and mine.config.act == 'quick_gelu' and mine.config.norm_eps == 1e-5
+
+def test_oblong_weights():
+    theirs = timm_model('augreg, deit', img_size=(24, 48))
+    with pytest.raises(ValueError, match=r'19 positions, and neither 19 nor 18 patches make a square: say img_size=\(height, width\)'): load_pretrained(theirs.state_dict())
+    mine = load_pretrained(theirs.state_dict(), img_size=(24, 48))
+    same(mine, theirs, pixels(24, 48), 1e-5)
+
+# ---- bad input
+
+class Evil:
+    def __reduce__(self): return (print, ('this pickle runs code',))
+
+def write_pickle(path): torch.save({'model': Evil()}, path)
+def write_cut(path, suffix, n):
+    w = torchvision_model().state_dict()
+    whole = path.with_name('whole' + suffix)
+    if suffix == '.safetensors': save_file(w, whole)
+    elif suffix == '.npz': np.savez(whole, **{k: v.numpy() for k, v in w.items()})
+    else: torch.save(w, whole)
+    path.write_bytes(whole.read_bytes()[:n])
+    whole.unlink()
+
+BAD_FILES = {
+    'pickle.pth': (write_pickle, 'is refused: .* a pickle that holds more than weights'),
+    'cut.pth': (lambda p: write_cut(p, '.pth', 50_000), 'it is truncated, or no .pth file'),
+    'cut.safetensors': (lambda p: write_cut(p, '.safetensors', 50_000), 'it is truncated, or no .safetensors file'),
+    'cut.npz': (lambda p: write_cut(p, '.npz', 50_000), 'it is truncated, or no .npz file'),
+    'empty.pth': (lambda p: p.write_bytes(b''), 'it is truncated, or no .pth file'),
+    'empty.safetensors': (lambda p: p.write_bytes(b''), 'it is truncated, or no .safetensors file'),
+    'empty.npz': (lambda p: p.write_bytes(b''), 'it is truncated, or no .npz file'),
+    'page.safetensors': (lambda p: p.write_text('<html>404</html>'), 'it is truncated, or no .safetensors file'),
+    'page.npz': (lambda p: p.write_text('<html>404</html>'), 'it is truncated, or no .npz file'),
+    'page.pth': (lambda p: p.write_text('<html>404</html>'), 'is refused: it is damaged'),
+    'objects.npz': (lambda p: np.savez(p, a=np.array([{}], dtype=object)), 'it is truncated, or no .npz file'),
+    'list.pth': (lambda p: torch.save([1, 2], p), 'expected a state dict, a dict of tensors, got list'),
+    'numbers.pth': (lambda p: torch.save({'lr': 0.1}, p), 'expected a state dict, a dict of tensors; lr is float'),
+    'nothing.pth': (lambda p: torch.save({}, p), 'expected a state dict, a dict of tensors; it is empty'),
+    'text.txt': (lambda p: p.write_text('hello'), "ends in '.txt', expected one of .safetensors, .pth, .pt, .bin, .npz"),
+}
+
+@pytest.mark.parametrize('name', BAD_FILES)
+def test_bad_files(name, tmp_path, capsys):
+    write, message = BAD_FILES[name]
+    write(tmp_path/name)
+    with pytest.raises(ValueError, match=message): load_pretrained(tmp_path/name)
+    assert 'runs code' not in capsys.readouterr().out
+
+def test_wrong_weights():
+    import torchvision
+    def refuses(message, w, **changes):
+        with pytest.raises(ValueError, match=message): load_pretrained(w, **changes)
+    refuses(r'not the weights of a Vision Transformer: none of .* is among the 122 names \(conv1.weight, bn1.weight', torchvision.models.resnet18().state_dict())
+    w = timm_model('augreg, deit').state_dict()
+    refuses('missing: encoder.blocks.1.attn.proj.bias, encoder.norm.weight$', {k: v for k, v in w.items() if k not in ('blocks.1.attn.proj.bias', 'norm.weight')})
+    refuses('missing: encoder.blocks.1.mlp.fc2.bias; unexpected: encoder.blocks.1.mlp.fc3.bias, extra', {k.replace('1.mlp.fc2.bias', '1.mlp.fc3.bias'): v for k, v in w.items()} | {'extra': w['norm.bias']})
+    refuses(r'of another shape: encoder.norm.weight \(7,\) instead of \(192,\)', w | {'norm.weight': torch.zeros(7)})
+    refuses('there is no patch_embed.proj.weight among the weights', {k: v for k, v in w.items() if 'patch' not in k})
+    refuses('img_size=100 is not divisible by patch_size=8: the nearest sizes that are: 96 and 104', w, img_size=100)
+    refuses('patch_size=16 does not fit the weights .8.; what can be changed: img_size', w, patch_size=16)
+    refuses('colour=3 does not fit the weights', w, colour=3)
+    refuses("act='swish' must be one of", w, act='swish')
+    refuses('dim=192 is not divisible by n_heads=5', w, n_heads=5)
+    assert load_pretrained(vit('mnist').state_dict(), n_heads=4).config.n_heads == 4
+    refuses("don't tell the number of heads, and dim=64 is no published size: pass n_heads", vit('mnist').state_dict())
+    refuses("no positions among the weights: if the model has none, pass positions='none'; if it has fixed waves, 'sincos2d'", vit('cifar', positions='sincos2d').state_dict(), n_heads=3)
+
+@pytest.mark.parametrize('name, what', [
+    ('vit_relpos_small_patch16_224', 'relative positions'), ('vit_small_patch16_rope_224', 'no positions among the weights.*rotary'), ('deit_tiny_distilled_patch16_224', 'a distillation token'),
+    ('vit_tiny_r_s16_p8_224', 'a convolutional backbone'), ('vit_giant_patch14_dinov2', 'gated feed-forward'), ('vit_small_patch16_18x2_224', 'parallel layers'),
+    ('beit_base_patch16_224', 'relative positions|BEiT'), ('test_vit4', 'norms without a bias'), ('vit_dwee_patch16_reg1_gap_256', 'differential attention'),
+    ('beit3_base_patch16_224', 'norms inside'), ('swin_tiny_patch4_window7_224', 'relative positions')])
+def test_unknown_variants(name, what):
+    timm = pytest.importorskip('timm', reason='needs timm, which builds the variants')
+    with torch.device('meta'): w = timm.create_model(name).state_dict()
+    with pytest.raises(ValueError, match=what): load_pretrained(w)
+
+def test_variants_that_only_a_config_tells(tmp_path):
+    def refuses(message, config):
+        (tmp_path/'config.json').write_text(config)
+        with pytest.raises(ValueError, match=message): load_pretrained(tmp_path)
+    save_file(timm_model('augreg, deit').state_dict(), tmp_path/'model.safetensors')
+    refuses('has arguments that we do not know .pool_include_prefix., which', '{"architecture": "vit_x", "model_args": {"pool_include_prefix": true}}')
+    refuses("has global_pool='avgmax', which", '{"architecture": "vit_x", "global_pool": "avgmax"}')
+    refuses('has rotary positions .vit_small_patch16_rope_ape_224.', '{"architecture": "vit_small_patch16_rope_ape_224"}')
+    refuses("of type 'beit' of transformers, of which only 'vit'", '{"model_type": "beit"}')
+    refuses("has hidden_act='silu', which", '{"model_type": "vit", "hidden_act": "silu"}')
+    refuses('config.json is damaged', '{')
+
+def test_wrong_places(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match='no file or folder nowhere.pth'): load_pretrained('nowhere.pth')
+    with pytest.raises(FileNotFoundError, match='holds no weights: expected one of model.safetensors, pytorch_model.bin'): load_pretrained(tmp_path)
+    for name in 'ab': (tmp_path/f'{name}.pth').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'several files of weights \(a.pth, b.pth\): give one of them'): load_pretrained(tmp_path)
+
+def test_hub(monkeypatch, tmp_path):
+    hub = pytest.importorskip('huggingface_hub', reason='needs huggingface_hub, whose errors are translated')
+    from httpx import Request, Response
+    from huggingface_hub import errors
+    def ends(error, kind, message):
+        def fail(*args, **kwargs): raise error
+        monkeypatch.setattr(hub, 'snapshot_download', fail)
+        with pytest.raises(kind, match=message): load_pretrained('timm/some_vit')
+    response = Response(404, request=Request('GET', 'https://huggingface.co'))
+    ends(errors.GatedRepoError('no', response=response), PermissionError, 'timm/some_vit is gated: accept its terms')
+    ends(errors.RepositoryNotFoundError('no', response=response), FileNotFoundError, 'there is no model timm/some_vit on the hub')
+    ends(errors.LocalEntryNotFoundError('no'), ConnectionError, "the hub can't be reached: try again with a network")
+    ends(errors.OfflineModeIsEnabled('no'), ConnectionError, "the hub can't be reached")
+    theirs = torchvision_model()
+    monkeypatch.setattr(hub, 'snapshot_download', lambda name, allow_patterns: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='holds neither model.safetensors nor pytorch_model.bin'): load_pretrained('timm/some_vit')
+    torch.save(theirs.state_dict(), tmp_path/'pytorch_model.bin')
+    same(load_pretrained('timm/some_vit'), theirs, pixels(32, 32), 1e-6)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ImportError, match='pip install huggingface_hub'): load_pretrained('timm/some_vit')
+
+def test_what_others_do_not_have():
+    def refuses(convert, message, **changes):
+        with pytest.raises(ValueError, match=message): convert(vit('mnist', **changes))
+    refuses(to_timm, "stem='conv': timm's", stem='conv', patch_size=4)
+    refuses(to_timm, "positions='sincos2d': timm's", positions='sincos2d')
+    refuses(to_torchvision, "pool='mean': torchvision's ViT has 'cls'")
+    refuses(to_torchvision, "n_registers=2: torchvision's ViT has 0", pool='cls', n_registers=2)
+    refuses(to_torchvision, "norm_eps=1e-05: torchvision's", pool='cls', norm_eps=1e-5)
+
+def test_light_import():
+    heavy = "{'fastai', 'timm', 'transformers', 'torchvision', 'huggingface_hub', 'matplotlib', 'sklearn', 'scipy'}"
+    code = f'import sys, vit_nbdev.pretrained; loaded = {heavy} & set(sys.modules); assert not loaded, loaded'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
