@@ -79,6 +79,29 @@ def test_predict_reads_folders_and_names_the_likeliest(trained, capsys):
     with pytest.raises(SystemExit, match='there is no image in the folder'): vit_predict.__wrapped__(str(run), [str(cwd/'empty')])
     with pytest.raises(SystemExit, match='top is 0, but must be above zero'): vit_predict.__wrapped__(str(run), [str(run/'samples')], top=0)
 
+def test_predict_with_published_weights(trained, capsys, tmp_path):
+    "A file of weights with its configuration beside it says what the run says; weights alone ask for what they can't know"
+    run = trained[0]/'runs'/'digits'
+    said = []
+    for source, pretrained in ((run, False), (run/'model.safetensors', True)):
+        vit_predict.__wrapped__(str(source), [str(run/'samples')], json=True, pretrained=pretrained, device='cpu')
+        said.append(json.loads(capsys.readouterr().out))
+    assert [r['class'] for r in said[0]] == [r['class'] for r in said[1]]
+    for a, b in zip(*said): assert abs(a['probability'] - b['probability']) < 1e-4
+    shutil.copy(run/'model.safetensors', tmp_path/'bare.safetensors')
+    with pytest.raises(SystemExit, match="the weights don't tell the number of heads"): vit_predict.__wrapped__(str(tmp_path/'bare.safetensors'), [str(run/'samples')], pretrained=True)
+
+def test_a_folder_is_prepared_as_its_run_says(tmp_path, monkeypatch):
+    "Crop and interpolation of the loaders are those of a prediction"
+    from vit_nbdev.data import folder_dls, read_image
+    for name in 'ab':
+        (tmp_path/name).mkdir()
+        for i in range(6): Image.effect_noise((40, 30), 80).save(tmp_path/name/f'{i}.png')
+    dls = folder_dls(tmp_path, img_size=16, in_chans=1, interpolation='bicubic', crop_pct=0.8, bs=2, augment=False, device='cpu')
+    assert dls.preprocessing['interpolation'] == 'bicubic' and dls.preprocessing['crop_pct'] == 0.8
+    prepared = {bytes(read_image(f, 16, 1, 'bicubic', 0.8).numpy()) for f in tmp_path.rglob('*.png')}
+    assert {bytes(x.numpy()) for dl in dls for x in dl.dataset.x} == prepared
+
 def test_same_seed_same_run(tmp_path):
     for name in 'ab': vit_train.__wrapped__(epochs=2, seed=3, device='cpu', out=tmp_path/name)
     assert (tmp_path/'a'/'model.safetensors').read_bytes() == (tmp_path/'b'/'model.safetensors').read_bytes()

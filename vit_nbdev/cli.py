@@ -35,6 +35,7 @@ from . import __version__
 from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_dls, read_image
 from .interpret import heat_map
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint
+from .pretrained import load_pretrained
 from .vit import ViT, ViTConfig, vit_config
 
 # %% ../nbs/08_cli.ipynb #dfeb3724
@@ -469,7 +470,7 @@ def image_files(
 
 @torch.no_grad()
 def predict(
-    run: str|Path,           # a run folder
+    run: str|Path|ViT,       # a run folder; or a model of `load_pretrained`
     paths: list[str|Path],   # image files, or folders of them
     bs: int = 256,           # images at a time
     device: str|None = None, # as in `train`
@@ -477,16 +478,20 @@ def predict(
 ) -> list[dict]:             # for each file: `file`, `class`, `probability`, `probabilities` of all classes; or `file`, `error`
     "The classes that the model of a run sees in image files"
     device = _get_device(device)
-    model, config = load_model(run)
-    model, prep = model.to(device), config['preprocessing']
+    if isinstance(run, ViT): model, prep = run, run.preprocessing
+    else:
+        model, config = load_model(run)
+        prep = config['preprocessing']
+    model = model.to(device).eval()
     mean, std = (torch.tensor(prep[k], device=device).view(-1, 1, 1) for k in ('mean', 'std'))
+    look = prep['img_size'], prep['in_chans'], prep.get('interpolation', 'bilinear'), prep.get('crop_pct', 1.)
     files, results = image_files(paths), []
     starts = range(0, len(files), bs)
     with redirect_stdout(sys.stderr):    # where fastprogress shall draw
         for start in progress_bar(starts, leave=False) if progress else starts:
             batch, images = [{'file': str(f)} for f in files[start:start + bs]], []
             for result in batch:
-                try: images.append(read_image(result['file'], prep['img_size'], prep['in_chans']))
+                try: images.append(read_image(result['file'], *look))
                 except (ValueError, OSError) as e: result['error'] = str(e)
             probs = iter(model((torch.stack(images).to(device)/255 - mean)/std).softmax(1).tolist() if images else [])
             for result in batch:
@@ -504,8 +509,9 @@ def _one_or_more(help):
 
 @call_parse
 def vit_predict(
-    run:str,                                            # a run folder that vit_train made
+    run:str,                                            # a run folder that vit_train made; with --pretrained, published weights
     images:_one_or_more("image files, or folders of them"),
+    pretrained:store_true=False,                        # load RUN as published weights: a name on the hub, a folder or a file
     top:int=1,                                          # name this many classes, the likeliest first
     json:store_true=False,                              # print JSON, with the probability of every class
     bs:int=256,                                         # images at a time
@@ -514,6 +520,8 @@ def vit_predict(
     "Say what the model of a run sees in each image"
     with _plain_errors('vit_predict'):
         _positive(top=top, bs=bs)
+        if pretrained:
+            with redirect_stdout(sys.stderr): run = load_pretrained(run)     # what it had to adapt is no result
         results = predict(run, images, bs=bs, device=device, progress=sys.stderr.isatty())
     if json: print(_to_json(results))
     for r in results:

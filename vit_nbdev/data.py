@@ -235,15 +235,21 @@ def read_image(
     file: str|Path,  # any format that pillow reads
     img_size: int,   # side of the square that comes out
     in_chans: int,   # 1: grey, 3: colour
+    interpolation: str = 'bilinear',  # or 'bicubic'
+    crop_pct: float = 1.,             # part of the square's side that is kept, around the middle
 ) -> Tensor:         # `(c h w)`, uint8
     "One image file, cut to a square around its middle and resized; transparent parts become white"
+    if interpolation not in ('bilinear', 'bicubic'): raise ValueError(f"interpolation={interpolation!r} must be bilinear or bicubic")
     try:
         with Image.open(file) as im:
             im = ImageOps.exif_transpose(im)
             if 'A' in im.getbands() or 'transparency' in im.info:
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
             elif im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).round().clip(0, 255).astype(np.uint8))   # 16 bits
-            im = ImageOps.fit(im.convert('L' if in_chans == 1 else 'RGB'), (img_size, img_size), Image.Resampling.BILINEAR)
+            side = round(img_size/crop_pct)
+            im = ImageOps.fit(im.convert('L' if in_chans == 1 else 'RGB'), (side, side), Image.Resampling[interpolation.upper()])
+            start = (side - img_size)//2
+            im = im.crop((start, start, start + img_size, start + img_size))
     except FileNotFoundError: raise FileNotFoundError(f"there is no file {file}") from None
     except IsADirectoryError: raise ValueError(f"{file} is a folder, expected an image file") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -251,12 +257,12 @@ def read_image(
     return torch.from_numpy(np.array(im)).view(img_size, img_size, -1).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/03_data.ipynb #a56545bf
-def _read_images(files, img_size, in_chans):
+def _read_images(files, img_size, in_chans, interpolation, crop_pct):
     "All `files` as one tensor, with a progress bar; several threads decode at once"
     out = torch.empty(len(files), in_chans, img_size, img_size, dtype=torch.uint8)
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        images = pool.map(read_image, files, repeat(img_size), repeat(in_chans))
+        images = pool.map(read_image, files, *map(repeat, (img_size, in_chans, interpolation, crop_pct)))
         for i, im in enumerate(progress_bar(images, total=len(files), leave=False)): out[i] = im
     finally: pool.shutdown(cancel_futures=True)
     return out
@@ -276,6 +282,8 @@ def folder_dls(
     device=None,                          # as in `tensor_dls`
     seed: int = 42,                       # of the splits that the folder does not have; they take 15 % each
     max_gb: float = 8.,                   # refuse to keep more than this many gigabytes in memory
+    interpolation: str = 'bilinear',      # as in `read_image`; for published weights, what their `preprocessing` says
+    crop_pct: float = 1.,                 # likewise
 ) -> DataLoaders:
     "Images of one folder per class, kept in memory (for more than fits: fastai's `ImageDataLoaders`)"
     path = Path(path)
@@ -290,7 +298,7 @@ def folder_dls(
     if (gb := sum(len(files) for files, _ in found.values())*in_chans*img_size**2/1e9) > max_gb:
         raise ValueError(f"the images would take {gb:.1f} GB at img_size={img_size}: choose a smaller one, raise max_gb={max_gb}, "
                          "or use fastai's ImageDataLoaders, which reads them batch by batch")
-    data = {part: (_read_images(files, img_size, in_chans), torch.tensor([vocab.index(c) for c in classes]))
+    data = {part: (_read_images(files, img_size, in_chans, interpolation, crop_pct), torch.tensor([vocab.index(c) for c in classes]))
             for part, (files, classes) in found.items()}
     n = max(round(0.15*len(data['train'][1])), len(vocab))
     for part in ('test', 'valid'):
@@ -301,4 +309,6 @@ def folder_dls(
                              "give every class four or more, or make folders train, valid and test")
         train, other = _split(y, n, seed)
         data |= {'train': (x[train], y[train]), part: (x[other], y[other])}
-    return tensor_dls(data['train'], data['valid'], data['test'], vocab, bs=bs, augment=augment, device=device)
+    dls = tensor_dls(data['train'], data['valid'], data['test'], vocab, bs=bs, augment=augment, device=device)
+    dls.preprocessing |= dict(interpolation=interpolation, crop_pct=crop_pct)
+    return dls
