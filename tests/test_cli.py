@@ -301,7 +301,8 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
         process = start('vit_train', *args, cwd=tmp_path)
         before, wait = epochs_of(tmp_path/'killed.part'/'metrics.csv'), rng.uniform(0, 1.5)
         while process.poll() is None and epochs_of(tmp_path/'killed.part'/'metrics.csv') <= before: time.sleep(0.005)
-        time.sleep(wait if attempt else 0.02)        # anywhere in the epochs that follow; the first time early
+        while process.poll() is None and not (tmp_path/'killed.part'/'checkpoint.pt').exists(): time.sleep(0.005)   # it comes after the metrics
+        time.sleep(wait if attempt else 0.)          # anywhere in the epochs that follow; the first time early
         process.kill()
         process.communicate()
         if process.returncode == 0: break
