@@ -26,6 +26,7 @@ KINDS = {
     'not square': dict(pool='cls', img_size=(8, 12)),
     'not square, mean': dict(pool='mean', img_size=(12, 8)),
     'conv stem': dict(pool='mean', stem='conv'),
+    'conv stem, odd side': dict(pool='mean', stem='conv', img_size=(7, 8)),
     'norms and scales': dict(pool='cls', qk_norm=True, layer_scale=0.5, embed_norm=True, norm_after_pool=True),
     'waves': dict(pool='mean', positions='sincos2d', in_chans=3),
     'no positions': dict(pool='cls', positions='none', dropout=0.2, drop_path=0.3),

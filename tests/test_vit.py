@@ -290,6 +290,18 @@ def test_conv_stem_is_off_unless_asked_for():
     assert a.embed(torch.zeros(2, 3, 32, 32)).shape == b.embed(torch.zeros(2, 3, 32, 32)).shape
     assert not [m for m in a.modules() if isinstance(m, nn.BatchNorm2d)]
 
+def test_conv_stem_takes_any_size():
+    "An odd side is rounded up at each halving, and so is the grid"
+    model = vit('mnist', stem='conv', patch_size=8).eval()
+    assert model.config.grid == (4, 4) and model.config.n_patches == 16
+    for h, w, rows, cols in ((28, 28, 4, 4), (32, 25, 4, 4), (33, 17, 5, 3), (5, 8, 1, 1)):
+        assert model.embed(torch.zeros(2, 1, h, w)).shape == (2, rows*cols, 64)
+        assert model(torch.zeros(2, 1, h, w)).isfinite().all()
+    assert model.set_resolution((20, 28)).config.grid == (3, 4)
+    for positions in ('sincos2d', 'none'):
+        assert vit('mnist', stem='conv', patch_size=8, positions=positions).forward_features(torch.zeros(1, 1, 28, 28)).shape == (1, 16, 64)
+    with pytest.raises(ValueError, match='image height=28 is not divisible by patch_size=8'): vit('mnist', img_size=32, patch_size=8)(torch.zeros(1, 1, 28, 28))
+
 def test_drops_are_identities_when_off_and_random_when_on():
     assert not [m for m in build('plain').modules() if isinstance(m, nn.Dropout) or type(m).__name__ == 'DropPath']
     model = build('drops').train()

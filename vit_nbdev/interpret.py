@@ -388,7 +388,7 @@ def deletion_insertion(
     place = scores.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)     # in the queue
     p, blank = model.config.patch_size, torch.as_tensor(fill).to(x).expand_as(x)
     def probs(keep):
-        mask = keep.view(-1, 1, rows, cols).repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)
+        mask = keep.view(-1, 1, rows, cols).repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)[..., :x.shape[2], :x.shape[3]]
         return torch.cat([model(part).softmax(dim=1) for part in torch.where(mask, x, blank).split(bs)])
     with _evaluating(model):
         target = _targets(model, target, len(x))

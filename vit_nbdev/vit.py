@@ -104,7 +104,7 @@ class ViTConfig:
         for f in fields(self): _check_field(f.name, getattr(self, f.name), f.type)
         h, w = self._sides
         object.__setattr__(self, 'img_size', h if h == w else (h, w))
-        for name, side in (('img_size', h), ('img_size', w)): _check_side(name, side, self.patch_size)
+        for side in (h, w): _check_side('img_size', side, self)
         if self.dim % self.n_heads: raise ValueError(f"dim={self.dim} is not divisible by n_heads={self.n_heads}")
         if self.positions == 'sincos2d' and self.dim % 4: raise ValueError(f"dim={self.dim} must be divisible by 4 for positions='sincos2d'")
         if self.pool == 'cls' and self.cls_token is False: raise ValueError("pool='cls' reads the class token, but cls_token=False: choose another pool")
@@ -112,7 +112,7 @@ class ViTConfig:
     @property
     def _sides(self): return (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
     @property
-    def grid(self) -> tuple[int, int]: return tuple(side//self.patch_size for side in self._sides)   # rows and columns of patches
+    def grid(self) -> tuple[int, int]: return tuple(-(-side//self.patch_size) for side in self._sides)   # rows and columns of patches, rounded up
     @property
     def n_patches(self) -> int: return self.grid[0]*self.grid[1]
     @property
@@ -144,11 +144,12 @@ def _check_field(name, value, kind):
     else: good, want = _number(value) and value > 0, 'a positive number'
     if not good: raise ValueError(f"{name}={value!r} must be {want}")
 
-def _check_side(name, side, patch_size):
-    "Refuse a side that patches don't fill"
-    if side % patch_size == 0: return
-    near = sorted({side//patch_size*patch_size, -(-side//patch_size)*patch_size} - {0})
-    raise ValueError(f"{name}={side} is not divisible by patch_size={patch_size}: the nearest sizes that are: {' and '.join(map(str, near))}")
+def _check_side(name, side, config):
+    "Refuse a side that patches don't fill; the convolutional stem takes any"
+    p = config.patch_size
+    if side % p == 0 or config.stem == 'conv': return
+    near = sorted({side//p*p, -(-side//p)*p} - {0})
+    raise ValueError(f"{name}={side} is not divisible by patch_size={p}: the nearest sizes that are: {' and '.join(map(str, near))}")
 
 def _config(values):
     "A `ViTConfig` of a dict; a name that is no field is refused"
@@ -202,8 +203,8 @@ def _grid(x, config):
         why = "the channels come last here, use x.permute(0, 3, 1, 2)" if shape[3] == c.in_chans else f"this model has in_chans={c.in_chans}"
         raise ValueError(f"images have shape {shape}, expected (b, {c.in_chans}, h, w): {why}")
     if not x.is_floating_point(): raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
-    for name, side in (('image height', shape[2]), ('image width', shape[3])): _check_side(name, side, c.patch_size)
-    return shape[2]//c.patch_size, shape[3]//c.patch_size
+    for name, side in (('image height', shape[2]), ('image width', shape[3])): _check_side(name, side, c)
+    return -(-shape[2]//c.patch_size), -(-shape[3]//c.patch_size)
 
 # %% ../nbs/02_vit.ipynb #178eefb7
 class ViT(nn.Module):
