@@ -1,5 +1,6 @@
 """vit_train and vit_predict as a user runs them, the good way and the bad ways."""
 import csv, json, os, random, re, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_nbdev.cli import vit_predict, vit_train
+from vit_nbdev.cli import train, vit_predict, vit_train
+from vit_nbdev.learner import RECIPES
+
+ROOT = Path(__file__).parent.parent
 
 RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'mistakes.png', 'model.safetensors', 'predictions.png', 'report.html', 'samples'}
 
@@ -44,6 +48,29 @@ def test_train_leaves_a_whole_run(trained):
     assert '1,257 images to train, 180 to validate, 360 to test' in out and '136,010 parameters' in out
     for name in ('curves', 'confusion', 'predictions'):
         with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10   # something is drawn
+
+def test_recipes_say_what_was_measured():
+    "The figures in `RECIPES` are those that a notebook printed, or that its study wrote down"
+    cells = json.loads((ROOT/'nbs'/'08_cli.ipynb').read_text(encoding='utf-8'))['cells']
+    lines = [line for c in cells for o in c.get('outputs', []) for line in o.get('text', [])]
+    for name in ('digits', 'mnist-quick'):
+        found = [re.match(rf'{name}, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line) for line in lines]
+        accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
+        assert len(accuracies) == 3 and set(epochs) == {RECIPES[name].epochs}
+        assert RECIPES[name].measured == f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} % (3 seeds), {seconds.mean():.0f} s on two CPU cores'
+    rows = [json.loads(line) for line in (ROOT/'nbs'/'studies'/'mnist_record.jsonl').read_text().splitlines()]
+    test, seconds, epochs = np.array([(r['test'], r['seconds'], r['epochs']) for r in rows if r['name'] == 'record, convolutional stem']).T
+    assert len(test) == 3 and set(epochs) == {RECIPES['mnist'].epochs}
+    assert RECIPES['mnist'].measured == f'{test.mean():.2f} ± {test.std(ddof=1):.2f} % (3 seeds), {seconds.mean()/60:.0f} min on one CPU core'
+
+def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch):
+    "... and one with a change does not; here a recipe that is quick"
+    monkeypatch.setitem(RECIPES, 'digits', replace(RECIPES['digits'], epochs=1))
+    train(device='cpu', out=tmp_path/'as it stands')
+    assert f"expect  {RECIPES['digits'].measured}" in capsys.readouterr().out
+    assert 'measured' not in json.loads((tmp_path/'as it stands'/'config.json').read_text())['settings']
+    train(device='cpu', bs=65, out=tmp_path/'changed')
+    assert 'expect' not in capsys.readouterr().out
 
 def test_predict_agrees_with_the_test_accuracy(trained, capsys):
     "The files of the whole test split, predicted one by one, give the accuracy that training reported"

@@ -232,7 +232,7 @@ def _write_report(part, config, pictures):
     "Write `report.html`: everything in one file"
     s, n, labels = config['settings'], config['n_test'], config['preprocessing']['labels']
     low, high = wilson(round(config['test_accuracy']*n), n)
-    rows = {'data': s['data'], 'recipe': s['recipe'], 'model': s['model'], 'parameters': f"{config['parameters']:,}", 'epochs': s['epochs'], 'batch size': s['bs'],
+    rows = {'data': s['data'], 'recipe': s['recipe'], 'model': s['model'], 'changed in it': ', '.join(f'{k}={v}' for k, v in s['changes'].items()) or 'nothing', 'parameters': f"{config['parameters']:,}", 'epochs': s['epochs'], 'batch size': s['bs'],
             'learning rate': s['lr'], 'weight decay': s['wd'], 'label smoothing': s['label_smoothing'], 'EMA': s['ema'], 'mixup': s['mixup'], 'clip': s['clip'],
             'augmentation': s['augment'] or 'as usual', 'erase': s['erase'], 'seed': str(s['seed']), 'precision': s['precision'], 'compiled': s['compile'],
             'device': config['device'], 'processes': config['processes'], 'seconds': f"{config['seconds']:,.0f}",
@@ -275,7 +275,7 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     vit_config(r.model, **{'img_size': img_size} | r.changes)                     # complains if they don't fit
     if precision not in (None, 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision {precision!r} is not known: use fp32, bf16 or fp16")
     return dict(recipe=name, path=None if path is None else str(path), seed=seed or 0, img_size=img_size, precision=precision or 'fp32',
-                compile=bool(compile), **asdict(r))
+                compile=bool(compile), **{k: v for k, v in asdict(r).items() if k != 'measured'})
 
 def _resumed(run, given):
     "The settings of an unfinished run and the folder it will have; refuses what is `given` if it differs"
@@ -396,6 +396,8 @@ def train(
             f"dim {c.dim}, depth {c.depth}, {c.n_heads} heads, {sum(p.numel() for p in learn.model.parameters()):,} parameters\n"
             f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}, seed {s['seed']}\n"
             f"device  {device}" + (f", threads: {torch.get_num_threads()}" if device.type == 'cpu' else '') + (f", processes: {num_distrib()}" if num_distrib() > 1 else ''), flush=True)
+        known = RECIPES[s['recipe']]
+        if known.measured and r == replace(known, measured=''): say(f"expect  {known.measured}", flush=True)
         seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
         facts = dict(settings=s, device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1), images_per_second=round(sizes[0]*r.epochs/seconds, 1))
         if rank_distrib(): return out

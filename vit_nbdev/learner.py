@@ -149,7 +149,7 @@ class EMA(Callback):
         for a, saved in zip(self.average, state['average'], strict=True): a.copy_(saved)
         self.n = state['n']
 
-# %% ../nbs/04_learner.ipynb #31c5d95b
+# %% ../nbs/04_learner.ipynb #bcd29520
 @dataclass(frozen=True)
 class Recipe:
     "What is trained on what, and how"
@@ -166,6 +166,7 @@ class Recipe:
     clip: float = 0.             # norm to which gradients are clipped; 0: none
     augment: dict = field(default_factory=dict)   # arguments of `small_affine`
     erase: float = 0.            # part of the images in which `RandomErase` hides a rectangle
+    measured: str = ''           # test accuracy in %, mean and standard deviation of the seeds, time and device; '': never measured
 
     def transforms(self) -> list:  # for the `augment` of a data set's loaders
         return [small_affine(**self.augment)] + ([RandomErase(self.erase)] if self.erase else [])
@@ -176,11 +177,12 @@ class Recipe:
         model = vit(self.model, **dict(img_size=h, in_chans=c, n_classes=get_c(dls)) | self.changes)
         return vit_learner(dls, model, lr=self.lr, wd=self.wd, label_smoothing=self.label_smoothing, cbs=[*self.callbacks(), *cbs], **kwargs)
 
+_CONV = dict(stem='conv', patch_size=8, dim=96, depth=3, mlp_ratio=2)    # the best model for MNIST below 300,000 parameters that we found
 RECIPES = {
-    'digits':        Recipe('digits',        'digits', epochs=100, bs=64),
-    'mnist-quick':   Recipe('mnist',         'mnist',  epochs=4,   bs=128),
-    'mnist':         Recipe('mnist',         'mnist',  epochs=10,  bs=128),
-    'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, augment=dict(flip=True)),
+    'digits':        Recipe('digits',        'digits', epochs=100, bs=64, measured='98.61 ± 0.56 % (3 seeds), 36 s on two CPU cores'),
+    'mnist-quick':   Recipe('mnist',         'mnist',  epochs=4,   bs=128, changes=_CONV, measured='99.01 ± 0.09 % (3 seeds), 78 s on two CPU cores'),
+    'mnist':         Recipe('mnist',         'mnist',  epochs=36,  bs=128, changes=_CONV, measured='99.48 ± 0.08 % (3 seeds), 19 min on one CPU core'),
+    'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, changes=_CONV, augment=dict(flip=True)),
     'cifar10':       Recipe('cifar10',       'cifar',  epochs=20,  bs=128, lr=1e-3, augment=dict(flip=True, pad_mode='reflection')),
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3, augment=dict(flip=True, pad_mode='reflection')),
 }
