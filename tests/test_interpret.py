@@ -228,9 +228,10 @@ def test_distance_entropy_and_similarity_by_hand():
 
 # --- are the maps right? ---
 
-def test_deletion_and_insertion_step_by_step():
-    "Against a loop over patches with slices, on a grid that is not square"
-    model = make(pool='cls', img_size=(8, 12))
+@pytest.mark.parametrize('changes', [dict(pool='cls', img_size=(8, 12)), dict(pool='mean', stem='conv', img_size=(7, 11))], ids=['patches', 'conv_stem'])
+def test_deletion_and_insertion_step_by_step(changes):
+    "Against a loop over patches with slices, on a grid that is not square; the stem's last row and column are half outside"
+    model = make(**changes)
     x, scores = images(model), torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
     deletion, insertion = deletion_insertion(model, x, scores, fill=-0.4)
     for i in range(3):

@@ -392,7 +392,7 @@ def train(
         torch.manual_seed(s['seed'] + rank_distrib())    # each process augments in its own way
         c = learn.model.config
         say(f"data    {r.data}: {sizes[0]:,} images to train, {sizes[1]:,} to validate, {sizes[2]:,} to test, {c.n_classes} classes\n"
-            f"model   {r.model}: {c.img_size} x {c.img_size} pixels, {c.n_patches} patches of {c.patch_size} x {c.patch_size}, "
+            f"model   {r.model}: {c.img_size} x {c.img_size} pixels, {c.n_patches} patches of {c.patch_size} x {c.patch_size}{', convolutional stem' if c.stem == 'conv' else ''}, "
             f"dim {c.dim}, depth {c.depth}, {c.n_heads} heads, {sum(p.numel() for p in learn.model.parameters()):,} parameters\n"
             f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}, seed {s['seed']}\n"
             f"device  {device}" + (f", threads: {torch.get_num_threads()}" if device.type == 'cpu' else '') + (f", processes: {num_distrib()}" if num_distrib() > 1 else ''), flush=True)
