@@ -396,6 +396,23 @@ def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(tmp_path):
         save_atomic(dict(format=FORMAT, epoch=4, x=torch.zeros(100_000)), file)
     assert load_checkpoint(file)['epoch'] == 3 and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
 
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path):
+    "At whatever moment it comes, it is no 'disk full', and the file is whole"
+    from vit_nbdev.learner import FORMAT, load_checkpoint, save_atomic
+    file, weights = tmp_path/'checkpoint.pt', {str(i): torch.zeros(3000) for i in range(200)}
+    save_atomic(dict(format=FORMAT), file)
+    def pressed(*_): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGALRM, pressed)
+    try:
+        for i in range(40):
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-3 + 2e-4*i)
+                while True: save_atomic(dict(format=FORMAT, weights=weights), file)
+            assert load_checkpoint(file)['format'] == FORMAT
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
 # --- several processes ---
 
 TWO = """

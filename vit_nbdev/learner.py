@@ -197,10 +197,8 @@ def save_atomic(
     "Write `state` with `torch.save` so that `file` is the old one or the new one at any moment, never half of it"
     tmp = file.with_name(f'{file.name}.tmp')
     try:
-        with open(tmp, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(state, tmp)    # by its name: given an open file, torch makes a Ctrl-C in the middle look like a failure to write
+        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, file)
     except (OSError, RuntimeError) as e:    # torch reports a full disk as a RuntimeError
         with suppress(OSError): tmp.unlink(missing_ok=True)
