@@ -59,9 +59,9 @@ def test_recipes_say_what_was_measured():
         assert len(accuracies) == 3 and set(epochs) == {RECIPES[name].epochs}
         assert RECIPES[name].measured == f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} % (3 seeds), {seconds.mean():.0f} s on two CPU cores'
     rows = [json.loads(line) for line in (ROOT/'nbs'/'studies'/'mnist_record.jsonl').read_text().splitlines()]
-    test, seconds, epochs = np.array([(r['test'], r['seconds'], r['epochs']) for r in rows if r['name'] == 'record, convolutional stem']).T
-    assert len(test) == 3 and set(epochs) == {RECIPES['mnist'].epochs}
-    assert RECIPES['mnist'].measured == f'{test.mean():.2f} ± {test.std(ddof=1):.2f} % (3 seeds), {seconds.mean()/60:.0f} min on one CPU core'
+    test, seconds, epochs, threads = np.array([(r['test'], r['seconds'], r['epochs'], r['threads']) for r in rows if r['name'] == 'record, convolutional stem']).T
+    assert len(test) == 3 and set(epochs) == {RECIPES['mnist'].epochs} and set(threads) == {2}
+    assert RECIPES['mnist'].measured == f'{test.mean():.2f} ± {test.std(ddof=1):.2f} % (3 seeds), {seconds.mean()/60:.0f} min on two CPU cores'
 
 def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch):
     "... and one with a change does not; here a recipe that is quick"

@@ -181,7 +181,8 @@ _CONV = dict(stem='conv', patch_size=8, dim=96, depth=3, mlp_ratio=2)    # the b
 RECIPES = {
     'digits':        Recipe('digits',        'digits', epochs=100, bs=64, measured='98.61 ± 0.56 % (3 seeds), 36 s on two CPU cores'),
     'mnist-quick':   Recipe('mnist',         'mnist',  epochs=4,   bs=128, changes=_CONV, measured='99.01 ± 0.09 % (3 seeds), 78 s on two CPU cores'),
-    'mnist':         Recipe('mnist',         'mnist',  epochs=36,  bs=128, changes=_CONV, measured='99.48 ± 0.08 % (3 seeds), 19 min on one CPU core'),
+    'mnist':         Recipe('mnist',         'mnist',  epochs=56,  bs=128, changes=_CONV, augment=dict(max_shift=0.05),
+                            measured='99.55 ± 0.02 % (3 seeds), 18 min on two CPU cores'),
     'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, changes=_CONV, augment=dict(flip=True)),
     'cifar10':       Recipe('cifar10',       'cifar',  epochs=20,  bs=128, lr=1e-3, augment=dict(flip=True, pad_mode='reflection')),
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3, augment=dict(flip=True, pad_mode='reflection')),
