@@ -234,7 +234,7 @@ def _write_report(part, config, pictures):
     low, high = wilson(round(config['test_accuracy']*n), n)
     rows = {'data': s['data'], 'recipe': s['recipe'], 'model': s['model'], 'changed in it': ', '.join(f'{k}={v}' for k, v in s['changes'].items()) or 'nothing', 'parameters': f"{config['parameters']:,}", 'epochs': s['epochs'], 'batch size': s['bs'],
             'learning rate': s['lr'], 'weight decay': s['wd'], 'label smoothing': s['label_smoothing'], 'EMA': s['ema'], 'mixup': s['mixup'], 'clip': s['clip'],
-            'augmentation': s['augment'] or 'as usual', 'erase': s['erase'], 'seed': str(s['seed']), 'precision': s['precision'], 'compiled': s['compile'],
+            'augmentation': s['augment'] or 'as usual', 'erase': s['erase'], 'RandAugment': s['rand_augment'], 'seed': str(s['seed']), 'precision': s['precision'], 'compiled': s['compile'],
             'device': config['device'], 'processes': config['processes'], 'seconds': f"{config['seconds']:,.0f}",
             'images per second': f"{config['images_per_second']:,.0f}", 'versions': ', '.join(f'{k} {v}' for k, v in config['versions'].items())}
     table = ''.join(f'<tr><td>{k}</td><td>{html.escape(str(v)) if v else "off"}</td></tr>' for k, v in rows.items())

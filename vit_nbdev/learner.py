@@ -29,7 +29,7 @@ from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.torch_core import get_model
 from torch import nn
 
-from .data import RandomErase, small_affine
+from .data import RandAugment, RandomErase, small_affine
 from .vit import ViT, vit
 
 # %% ../nbs/04_learner.ipynb #dc74400a
@@ -166,10 +166,11 @@ class Recipe:
     clip: float = 0.             # norm to which gradients are clipped; 0: none
     augment: dict = field(default_factory=dict)   # arguments of `small_affine`
     erase: float = 0.            # part of the images in which `RandomErase` hides a rectangle
+    rand_augment: int = 0        # magnitude of `RandAugment`, 1 to 30; 0: none
     measured: str = ''           # test accuracy in %, mean and standard deviation of the seeds, time and device; '': never measured
 
     def transforms(self) -> list:  # for the `augment` of a data set's loaders
-        return [small_affine(**self.augment)] + ([RandomErase(self.erase)] if self.erase else [])
+        return [small_affine(**self.augment)] + ([RandomErase(self.erase)] if self.erase else []) + ([RandAugment(self.rand_augment)] if self.rand_augment else [])
     def callbacks(self) -> list:   # for the `cbs` of a learner
         return ([EMA(self.ema)] if self.ema else []) + ([MixUp(self.mixup)] if self.mixup else []) + ([GradientClip(self.clip)] if self.clip else [])
     def learner(self, dls: DataLoaders, cbs=(), **kwargs) -> ViTLearner:  # other arguments as for `vit_learner`
