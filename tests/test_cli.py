@@ -59,10 +59,13 @@ def test_recipes_say_what_was_measured():
         accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
         assert len(accuracies) == 3 and set(epochs) == {RECIPES[name].epochs}
         assert RECIPES[name].measured == f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} % (3 seeds), {seconds.mean():.0f} s on two CPU cores'
-    rows = [json.loads(line) for line in (ROOT/'nbs'/'studies'/'mnist_record.jsonl').read_text().splitlines()]
-    test, seconds, epochs, threads = np.array([(r['test'], r['seconds'], r['epochs'], r['threads']) for r in rows if r['name'] == 'record, convolutional stem']).T
-    assert len(test) == 3 and set(epochs) == {RECIPES['mnist'].epochs} and set(threads) == {2}
-    assert RECIPES['mnist'].measured == f'{test.mean():.2f} ± {test.std(ddof=1):.2f} % (3 seeds), {seconds.mean()/60:.0f} min on two CPU cores'
+    for recipe, study, row, note, cores in (('mnist', 'mnist_record', 'record, convolutional stem', '', 'two CPU cores'),
+                                            ('fashion_mnist', 'other_images', 'fashion_mnist', '; not the original split', 'two CPU cores'),
+                                            ('cifar10', 'other_images', 'cifar10', '; JPEG images', 'one CPU core')):
+        rows = [json.loads(line) for line in (ROOT/'nbs'/'studies'/f'{study}.jsonl').read_text().splitlines()]
+        test, seconds, epochs, threads = np.array([(r['test'], r['seconds'], r['epochs'], r['threads']) for r in rows if r['name'] == row]).T
+        assert len(test) == 3 and set(epochs) == {RECIPES[recipe].epochs} and set(threads) == {2 if cores.startswith('two') else 1}
+        assert RECIPES[recipe].measured == f'{test.mean():.2f} ± {test.std(ddof=1):.2f} % (3 seeds{note}), {seconds.mean()/60:.0f} min on {cores}'
 
 def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch):
     "... and one with a change does not; here a recipe that is quick"

@@ -179,13 +179,16 @@ class Recipe:
         return vit_learner(dls, model, lr=self.lr, wd=self.wd, label_smoothing=self.label_smoothing, cbs=[*self.callbacks(), *cbs], **kwargs)
 
 _CONV = dict(stem='conv', patch_size=8, dim=96, depth=3, mlp_ratio=2)    # the best model for MNIST below 300,000 parameters that we found
+_STILL = dict(flip=True, max_rotate=0., max_zoom=0., max_shift=0.)        # mirrored, and nothing else
 RECIPES = {
     'digits':        Recipe('digits',        'digits', epochs=100, bs=64, measured='98.61 ± 0.56 % (3 seeds), 36 s on two CPU cores'),
     'mnist-quick':   Recipe('mnist',         'mnist',  epochs=4,   bs=128, changes=_CONV, measured='99.01 ± 0.09 % (3 seeds), 78 s on two CPU cores'),
     'mnist':         Recipe('mnist',         'mnist',  epochs=56,  bs=128, changes=_CONV, augment=dict(max_shift=0.05),
                             measured='99.55 ± 0.02 % (3 seeds), 18 min on two CPU cores'),
-    'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, changes=_CONV, augment=dict(flip=True)),
-    'cifar10':       Recipe('cifar10',       'cifar',  epochs=20,  bs=128, lr=1e-3, augment=dict(flip=True, pad_mode='reflection')),
+    'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, changes=_CONV, augment=_STILL,
+                            measured='92.06 ± 0.12 % (3 seeds; not the original split), 3 min on two CPU cores'),
+    'cifar10':       Recipe('cifar10',       'cifar',  epochs=10,  bs=128, lr=1e-3, changes=dict(stem='conv', patch_size=8, depth=6),
+                            augment=_STILL | dict(max_shift=0.05, pad_mode='reflection'), measured='72.93 ± 0.86 % (3 seeds; JPEG images), 18 min on one CPU core'),
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3, augment=dict(flip=True, pad_mode='reflection')),
 }
 
