@@ -206,12 +206,13 @@ def plot_mistakes(
     device = next(model.parameters()).device
     heat = heat_map(model, ((images[worst]/255 - mean)/std).to(device), target=guesses[worst].to(device)).cpu()
     fig = _figure(figsize=(1.15*n, 2.9))
-    for axes, i, h in zip(fig.subplots(2, n, squeeze=False).T, worst.tolist(), heat):
+    columns = fig.subplots(2, n, squeeze=False).T
+    for ax in columns[len(worst):].flat: ax.axis('off')
+    for axes, i, h in zip(columns, worst.tolist(), heat):
         grey = images[i].float().mean(0)
         for ax in axes: ax.imshow(grey, cmap='gray', vmin=0, vmax=255, extent=(0, 1, 0, 1)); ax.set(xticks=[], yticks=[])
         axes[1].imshow(h, cmap='inferno', alpha=0.7, vmin=0, extent=(0, 1, 0, 1), interpolation='nearest')
         axes[0].set_title(f"{prep['labels'][guesses[i]]} {probs[i, guesses[i]]:.0%}\ntrue: {prep['labels'][targets[i]]}", fontsize=8)
-    for ax in fig.axes[2*len(worst):]: ax.axis('off')
     return fig
 
 # %% ../nbs/08_cli.ipynb #c8c8176a
