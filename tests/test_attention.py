@@ -1,5 +1,5 @@
 """Attention against torch on random inputs: outputs, weights, gradients, masks, and what is recorded beside the fused kernel."""
-import copy, gc, weakref
+import copy, gc, io, itertools, weakref
 
 import pytest
 import torch
@@ -286,3 +286,36 @@ def test_compiles_without_a_break():
     attn, x = MultiHeadAttention(8, 2), torch.randn(2, 5, 8)
     out = torch.compile(attn, fullgraph=True, backend='aot_eager')(x, mask=causal_mask(5))
     close(out, attn(x, mask=causal_mask(5)), 1e-6)
+
+# --- export ---
+
+class Cross(nn.Module):
+    "Cross-attention as an exporter takes it: one input asks, the other one is asked"
+    def __init__(self, kv_dim):
+        super().__init__()
+        self.attn = MultiHeadAttention(8, 2, kv_dim=kv_dim)
+    def forward(self, x, context): return self.attn(x, context)
+
+class Causal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = MultiHeadAttention(8, 2, qk_norm=True)
+    def forward(self, x): return self.attn(x, mask=causal_mask(5))
+
+@pytest.mark.parametrize('model, widths, lengths', [(MultiHeadAttention(8, 2), [8], [5, 7]), (Causal(), [8], [5]),
+                                                    (Cross(8), [8, 8], [5, 7]), (Cross(6), [8, 6], [5, 7])],
+                         ids=['self', 'causal', 'cross', 'cross of another width'])
+def test_onnx_keeps_batch_and_length_free(model, widths, lengths):
+    "Exported with two sequences, run with other batch sizes and lengths: the outputs are torch's"
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    torch.manual_seed(0)
+    names = ['x', 'context'][:len(widths)]
+    free = {name: {0: 'batch', 1: f'length_of_{name}'} for name in names}
+    file, inputs = io.BytesIO(), tuple(torch.randn(2, 5, width) for width in widths)
+    torch.onnx.export(model.eval(), inputs, file, dynamo=False, input_names=names, dynamic_axes=free)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for b, n in itertools.product((1, 2, 3), lengths):
+        inputs = [torch.randn(b, n + i, width) for i, width in enumerate(widths)]
+        out, = session.run(None, {name: t.numpy() for name, t in zip(names, inputs)})
+        close(torch.from_numpy(out), model(*inputs), 1e-5, f'batch {b}, length {n}')

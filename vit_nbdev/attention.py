@@ -11,8 +11,32 @@ from contextlib import contextmanager
 
 import torch
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# %% ../nbs/00_attention.ipynb #3f1b6c02
+def _check_labels(shape, q_labels, k_labels, titles):
+    "Raise an error if there are not as many labels as queries, keys and heads in weights of `shape` `(h n m)`"
+    expected = dict(titles=(titles, shape[0]), q_labels=(q_labels, shape[1]), k_labels=(k_labels, shape[2]))
+    for name, (labels, count) in expected.items():
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{name} holds {len(labels)} labels, expected {count}")
+
+def _heat_map(ax, w, title, q_labels, k_labels, values):
+    "Draw the weights `w` `(n m)` of one head on `ax`"
+    image = ax.imshow(w, vmin=0, vmax=1, cmap='viridis')
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel('key')
+    if q_labels is not None: ax.set_yticks(range(len(q_labels)), q_labels)
+    if k_labels is not None:
+        ax.set_xticks(range(len(k_labels)), k_labels, rotation=45, ha='right', rotation_mode='anchor')
+    if not values: return image
+    for i, row in enumerate(w):
+        for j, x in enumerate(row):
+            color = 'white' if x < 0.6 else 'black'
+            ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=8, color=color)
+    return image
 
 # %% ../nbs/00_attention.ipynb #f48ebed2
 def plot_attention(
@@ -27,48 +51,47 @@ def plot_attention(
     "Heat-maps of attention weights, a row for each query"
     import matplotlib.pyplot as plt
     weights = torch.as_tensor(weights).detach().float().cpu()
-    if weights.dim() not in (2, 3): raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (n, m) or (h, n, m): choose one of a batch")
+    if weights.dim() not in (2, 3):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, expected (n, m) or (h, n, m): "
+                         "choose one of a batch")
     if weights.dim() == 2: weights, titles = weights[None], titles or ['']
     h, n, m = weights.shape
     if k_labels is None and n == m: k_labels = q_labels
-    for name, labels, want in (('q_labels', q_labels, n), ('k_labels', k_labels, m), ('titles', titles, h)):
-        if labels is not None and len(labels) != want: raise ValueError(f"{name} holds {len(labels)} labels, expected {want}")
+    _check_labels(weights.shape, q_labels, k_labels, titles)
+    titles = titles or [f'head {i}' for i in range(h)]
     nrows, ncols = -(-h//ncols), min(h, ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size*ncols + 0.8, size*nrows + 0.3), squeeze=False, layout='constrained')
+    figsize = size*ncols + 0.8, size*nrows + 0.3
+    fig, axes = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False, layout='constrained')
     for ax in axes.flat[h:]: ax.axis('off')
-    for i, (ax, w) in enumerate(zip(axes.flat, weights)):
-        im = ax.imshow(w, vmin=0, vmax=1, cmap='viridis')
-        ax.set_title(f'head {i}' if titles is None else titles[i], fontsize=9)
-        if q_labels is not None: ax.set_yticks(range(n), q_labels)
-        if k_labels is not None: ax.set_xticks(range(m), k_labels, rotation=45, ha='right', rotation_mode='anchor')
-        if i % ncols == 0: ax.set_ylabel('query')
-        ax.set_xlabel('key')
-        if values:
-            for r, row in enumerate(w):
-                for c, x in enumerate(row): ax.text(c, r, f'{x:.2f}', ha='center', va='center', fontsize=8, color='white' if x < 0.6 else 'black')
-    fig.colorbar(im, ax=axes, label='attention weight', shrink=0.8)
+    for ax in axes[:, 0]: ax.set_ylabel('query')
+    for ax, w, title in zip(axes.flat, weights, titles): image = _heat_map(ax, w, title, q_labels, k_labels, values)
+    fig.colorbar(image, ax=axes, label='attention weight', shrink=0.8)
     plt.close(fig)     # a notebook shows what is returned, and would show what is open as well
     return fig
 
 # %% ../nbs/00_attention.ipynb #e238d879
 def _check_mask(mask, shape):
-    "Refuse a `mask` that does not fit attention weights of `shape`"
+    "Raise an error if `mask` does not fit attention weights of `shape`"
     if not isinstance(mask, Tensor): raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"mask has dtype {mask.dtype}: use a boolean mask (True = may attend) or a float one that is added "
-                        "to the scores; mask.bool() converts a mask of zeros and ones")
+        raise TypeError(f"mask has dtype {mask.dtype}: use a boolean mask (True = may attend) or a float one that is "
+                        "added to the scores; mask.bool() converts a mask of zeros and ones")
     fits = mask.dim() <= len(shape) and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
-    if not fits: raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to the weights {tuple(shape)}")
+    if fits: return
+    raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to the weights {tuple(shape)}")
 
 def _check_qkv(q, k, v):
-    "Refuse queries, keys and values that do not belong together"
+    "Raise an error if queries, keys and values do not belong together"
     for name, t in dict(k=k, v=v).items():
         if t.dtype != q.dtype: raise TypeError(f"q is {q.dtype} but {name} is {t.dtype}: convert one of them")
         if t.device != q.device: raise ValueError(f"q is on {q.device} but {name} is on {t.device}: move one of them")
         if t.dim() != q.dim() or t.shape[:-2] != q.shape[:-2]:
-            raise ValueError(f"q has shape {tuple(q.shape)} but {name} has {tuple(t.shape)}: all but the last two sizes must agree")
-    if k.shape[-1] != q.shape[-1]: raise ValueError(f"q has width {q.shape[-1]} but k has {k.shape[-1]}: their dot product needs one width")
-    if v.shape[-2] != k.shape[-2]: raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values: each value belongs to one key")
+            raise ValueError(f"q has shape {tuple(q.shape)} but {name} has {tuple(t.shape)}: "
+                             "all but the last two sizes must agree")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q has width {q.shape[-1]} but k has {k.shape[-1]}: their dot product needs one width")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values: each value belongs to one key")
 
 # %% ../nbs/00_attention.ipynb #1f5a127a
 def attention_weights(
@@ -94,7 +117,7 @@ def scaled_dot_product_attention(
     dropout: float = 0.,       # probability with which a weight is dropped
     scale: float|None = None,  # the scores are multiplied by it; default `1/sqrt(d)`
 ) -> tuple[Tensor, Tensor]:    # outputs `(... n e)` and the weights `(... n m)` before dropout
-    "Mix the values by how well each key fits the query (Vaswani 2017, equation 1), step by step: the readable reference"
+    "Mix the values by how well each key fits the query, step by step (Vaswani 2017, equation 1)"
     _check_qkv(q, k, v)
     weights = attention_weights(q, k, mask, scale)
     return F.dropout(weights, dropout).to(v.dtype) @ v, weights
@@ -117,7 +140,8 @@ def padding_mask(
     "Every query sees the real tokens of its own sequence and none of the padding"
     lengths = torch.as_tensor(lengths)
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths must be a row of integers, one a sequence, got {lengths.dtype} of shape {tuple(lengths.shape)}")
+        raise ValueError("lengths must be a row of integers, one a sequence, "
+                         f"got {lengths.dtype} of shape {tuple(lengths.shape)}")
     if lengths.numel() and not 0 <= lengths.min() <= lengths.max() <= m:
         raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, but must lie between 0 and m={m}")
     return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]
@@ -140,22 +164,29 @@ class FusedAttention(nn.Module):
     def extra_repr(self): return f'dropout={self.dropout}'
 
 # %% ../nbs/00_attention.ipynb #29d29871
-def _check_inputs(attn, x, context, mask):
-    "Refuse what a `MultiHeadAttention` can't work with"
+def _check_context(attn, x, context):
+    "Raise an error if the tokens `x` and `context` are not what `attn`, a `MultiHeadAttention`, works with"
     dim, kv_dim = attn.dim, attn.kv_dim
     if x.dim() != 3 or x.shape[-1] != dim: raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, n, {dim})")
-    b = x.shape[0]                                # not len(x), which torch.export would take for a constant
     if context is None:
-        if kv_dim != dim: raise ValueError(f"context is missing: this attention reads from tokens of width kv_dim={kv_dim}")
-    elif context.dim() != 3 or context.shape[-1] != kv_dim or context.shape[0] != b:
+        if kv_dim == dim: return
+        raise ValueError(f"context is missing: this attention reads from tokens of width kv_dim={kv_dim}")
+    b = x.shape[0]                                # not len(x), which torch.export would take for a constant
+    if context.dim() != 3 or context.shape[-1] != kv_dim or context.shape[0] != b:
         raise ValueError(f"context has shape {tuple(context.shape)}, expected ({b}, m, {kv_dim})")
-    elif context.dtype != x.dtype: raise TypeError(f"x is {x.dtype} but context is {context.dtype}: convert one of them")
-    elif context.device != x.device: raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
+    if context.dtype != x.dtype: raise TypeError(f"x is {x.dtype} but context is {context.dtype}: convert one of them")
+    if context.device != x.device:
+        raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
+
+def _check_inputs(attn, x, context, mask):
+    "Raise an error if `attn`, a `MultiHeadAttention`, can't work with these inputs"
+    _check_context(attn, x, context)
     if mask is None: return
-    n, m = x.shape[1], (x if context is None else context).shape[1]
+    b, n, m = x.shape[0], x.shape[1], (x if context is None else context).shape[1]
     _check_mask(mask, (b, attn.n_heads, n, m))
-    if mask.dim() == 3: raise ValueError(f"mask has shape {tuple(mask.shape)}: is its first size the batch or the heads? "
-                                         f"Use ({n}, {m}) or four sizes that broadcast to ({b}, {attn.n_heads}, {n}, {m})")
+    if mask.dim() == 3:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: is its first size the batch or the heads? "
+                         f"Use ({n}, {m}) or four sizes that broadcast to ({b}, {attn.n_heads}, {n}, {m})")
     if mask.device != x.device: raise ValueError(f"x is on {x.device} but mask is on {mask.device}: move one of them")
 
 # %% ../nbs/00_attention.ipynb #e9212bd4
@@ -173,7 +204,8 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         if n_heads < 1 or dim < 1 or dim % n_heads:
-            raise ValueError(f"dim={dim} can't be split into n_heads={n_heads} heads of equal width: choose a multiple of the heads")
+            raise ValueError(f"dim={dim} can't be split into n_heads={n_heads} heads of equal width: "
+                             "choose a multiple of the heads")
         self.dim, self.n_heads, self.head_dim, self.kv_dim = dim, n_heads, dim//n_heads, kv_dim or dim
         if self.kv_dim == dim: self.qkv = nn.Linear(dim, 3*dim, bias=qkv_bias)    # one product instead of three
         else: self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(kv_dim, 2*dim, bias=qkv_bias)
@@ -183,91 +215,121 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
 
-    def queries(self, x: Tensor) -> Tensor:
-        "The queries `(b h n head_dim)` of `x` `(b n dim)`"
-        q = self.q(x) if self.kv_dim != self.dim else F.linear(x, *self._rows(slice(None, self.dim)))
-        return self.q_norm(self._heads(q, 1)[0])
-
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        "The keys and values `(b h m head_dim)` of `context` `(b m kv_dim)`"
-        kv = self.kv(context) if self.kv_dim != self.dim else F.linear(context, *self._rows(slice(self.dim, None)))
-        k, v = self._heads(kv, 2)
-        return self.k_norm(k), v
-
-    def _rows(self, rows): return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
-
-    def _heads(self, x, parts):
-        "`x` `(b n parts*dim)` as so many tensors `(b h n head_dim)`; in this order the gradient is put together in one copy"
-        return [t.transpose(1, 2) for t in x.unflatten(2, (parts, self.n_heads, self.head_dim)).unbind(2)]
-
     def forward(self,
-        x: Tensor,                    # the tokens that ask `(b n dim)`
-        context: Tensor|None = None,  # the tokens that are asked `(b m kv_dim)`; default `x`, self-attention
-        mask: Tensor|None = None,     # `(n m)` or `(b|1 h|1 n|1 m|1)`; boolean: True = may attend, float: added to the scores
+        x: Tensor,                    # tokens of the queries `(b n dim)`
+        context: Tensor|None = None,  # tokens of the keys and values `(b m kv_dim)`; default `x`, self-attention
+        mask: Tensor|None = None,     # `(n m)` or `(b|1 h|1 n|1 m|1)`; True = may attend, or a float added to scores
     ) -> Tensor:                      # `(b n dim)`
         _check_inputs(self, x, context, mask)
-        if context is None:
-            q, k, v = self._heads(self.qkv(x), 3)
-            q, k = self.q_norm(q), self.k_norm(k)
+        if context is None: q, k, v = self.queries_keys_values(x)
         else: q, (k, v) = self.queries(x), self.keys_values(context)
         return self.mix(q, k, v, mask)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor|None = None) -> Tensor:
-        "Attention of each head, the heads side by side again `(b n dim)`, and the output projection"
-        if mask is not None and mask.is_floating_point(): mask = mask.to(q.dtype)
-        return self.proj_drop(self.proj(rearrange(self.attend(q, k, v, mask), 'b h n d -> b n (h d)')))
+# %% ../nbs/00_attention.ipynb #5c0e77a1
+@patch
+def _heads(self: MultiHeadAttention, x, parts):
+    "`x` `(b n parts*dim)` as so many tensors `(b h n head_dim)`; this order assembles the gradient in one copy"
+    # not unflatten, which fixes the batch size of a model that is exported to ONNX
+    split = x.reshape(*x.shape[:2], parts, self.n_heads, self.head_dim)
+    return [t.transpose(1, 2) for t in split.unbind(2)]
 
-    @classmethod
-    def from_torch(cls, mha: nn.MultiheadAttention) -> 'MultiHeadAttention':
-        "The same function with a copy of `mha`'s weights; always batch first, whatever `mha.batch_first` says"
-        if mha.bias_k is not None: raise ValueError("can't convert a module with add_bias_kv=True: it attends to a learned extra key")
-        if mha.add_zero_attn: raise ValueError("can't convert a module with add_zero_attn=True: it attends to an extra key of zeros")
-        if mha.kdim != mha.vdim: raise ValueError(f"can't convert a module with kdim={mha.kdim} and vdim={mha.vdim}: keys and values come from one context")
-        bias = mha.in_proj_bias is not None
-        new = cls(mha.embed_dim, mha.num_heads, kv_dim=mha.kdim, qkv_bias=bias, dropout=mha.dropout)
-        if not bias: new.proj = nn.Linear(mha.embed_dim, mha.embed_dim, bias=False)
-        new.to(mha.out_proj.weight).train(mha.training)
-        with torch.no_grad():
-            w = mha.in_proj_weight
-            if w is None: w = [mha.q_proj_weight, torch.cat([mha.k_proj_weight, mha.v_proj_weight])]
-            else: w = [w] if mha.kdim == mha.embed_dim else w.split([mha.embed_dim, 2*mha.embed_dim])
-            layers = [new.qkv] if mha.kdim == mha.embed_dim else [new.q, new.kv]
-            for layer, weight in zip(layers, w): layer.weight.copy_(weight)
-            if bias:
-                for layer, b in zip(layers, mha.in_proj_bias.split([l.out_features for l in layers])): layer.bias.copy_(b)
-            new.proj.load_state_dict(mha.out_proj.state_dict())
-        return new
+@patch
+def _rows(self: MultiHeadAttention, rows):
+    "Those rows of `qkv`'s weight and bias"
+    return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
 
-    def to_torch(self, batch_first: bool = True) -> nn.MultiheadAttention:
-        "torch's own module with a copy of the weights and the same function"
-        layers = [self.qkv] if self.kv_dim == self.dim else [self.q, self.kv]
-        bias = layers[0].bias is not None
-        if isinstance(self.q_norm, nn.LayerNorm): raise ValueError("can't convert a module with qk_norm=True: torch's has no such norm")
-        if isinstance(self.proj_drop, nn.Dropout): raise ValueError("can't convert a module with proj_dropout: torch's has none")
-        if bias != (self.proj.bias is not None):
-            raise ValueError("can't convert a module with qkv_bias=False: torch's has a bias in both projections or in neither")
-        new = nn.MultiheadAttention(self.dim, self.n_heads, dropout=self.attend.dropout, bias=bias, kdim=self.kv_dim,
-                                    vdim=self.kv_dim, batch_first=batch_first).to(self.proj.weight).train(self.training)
-        with torch.no_grad():
-            if len(layers) == 1: new.in_proj_weight.copy_(self.qkv.weight)
-            else:
-                for w, mine in zip((new.q_proj_weight, new.k_proj_weight, new.v_proj_weight),
-                                   (self.q.weight, *self.kv.weight.chunk(2))): w.copy_(mine)
-            if bias: new.in_proj_bias.copy_(torch.cat([l.bias for l in layers]))
-            new.out_proj.load_state_dict(self.proj.state_dict())
-        return new
+@patch
+def queries_keys_values(self: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Queries, keys and values `(b h n head_dim)` of `x` `(b n dim)`, in self-attention"
+    q, k, v = self._heads(self.qkv(x), 3)
+    return self.q_norm(q), self.k_norm(k), v
+
+@patch
+def queries(self: MultiHeadAttention, x: Tensor) -> Tensor:
+    "The queries `(b h n head_dim)` of `x` `(b n dim)`"
+    q = self.q(x) if self.kv_dim != self.dim else F.linear(x, *self._rows(slice(None, self.dim)))
+    return self.q_norm(self._heads(q, 1)[0])
+
+@patch
+def keys_values(self: MultiHeadAttention, context: Tensor) -> tuple[Tensor, Tensor]:
+    "The keys and values `(b h m head_dim)` of `context` `(b m kv_dim)`"
+    kv = self.kv(context) if self.kv_dim != self.dim else F.linear(context, *self._rows(slice(self.dim, None)))
+    k, v = self._heads(kv, 2)
+    return self.k_norm(k), v
+
+@patch
+def mix(self: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor|None = None) -> Tensor:
+    "Attention of each head, the heads side by side again `(b n dim)`, and the output projection"
+    if mask is not None and mask.is_floating_point(): mask = mask.to(q.dtype)
+    heads = self.attend(q, k, v, mask)                                  # (b h n head_dim)
+    return self.proj_drop(self.proj(rearrange(heads, 'b h n d -> b n (h d)')))
+
+# %% ../nbs/00_attention.ipynb #9d24f0b6
+def _shared_weights(ours, theirs):
+    "Pairs of tensors, one of our module and one of torch's, that hold the same weights"
+    d = ours.dim
+    if ours.kv_dim == d:
+        pairs = [(ours.qkv.weight, theirs.in_proj_weight)]
+        biases = [(ours.qkv.bias, theirs.in_proj_bias)]
+    else:
+        k, v = ours.kv.weight.chunk(2)
+        pairs = [(ours.q.weight, theirs.q_proj_weight), (k, theirs.k_proj_weight), (v, theirs.v_proj_weight)]
+        bias = theirs.in_proj_bias
+        biases = [] if bias is None else [(ours.q.bias, bias[:d]), (ours.kv.bias, bias[d:])]
+    pairs += [*biases, (ours.proj.weight, theirs.out_proj.weight), (ours.proj.bias, theirs.out_proj.bias)]
+    return [(mine, other) for mine, other in pairs if mine is not None]
+
+@patch(cls_method=True)
+def from_torch(cls: MultiHeadAttention, mha: nn.MultiheadAttention):
+    "The same function with a copy of `mha`'s weights; always batch first, whatever `mha.batch_first` says"
+    if mha.bias_k is not None:
+        raise ValueError("can't convert a module with add_bias_kv=True: it attends to a learned extra key")
+    if mha.add_zero_attn:
+        raise ValueError("can't convert a module with add_zero_attn=True: it attends to an extra key of zeros")
+    if mha.kdim != mha.vdim:
+        raise ValueError(f"can't convert a module with kdim={mha.kdim} and vdim={mha.vdim}: "
+                         "keys and values come from one context")
+    bias = mha.in_proj_bias is not None
+    new = cls(mha.embed_dim, mha.num_heads, kv_dim=mha.kdim, qkv_bias=bias, dropout=mha.dropout)
+    if not bias: new.proj = nn.Linear(mha.embed_dim, mha.embed_dim, bias=False)
+    new.to(mha.out_proj.weight).train(mha.training)
+    with torch.no_grad():
+        for mine, theirs in _shared_weights(new, mha): mine.copy_(theirs)
+    return new
+
+# %% ../nbs/00_attention.ipynb #b7a9e3d4
+@patch
+def to_torch(self: MultiHeadAttention, batch_first: bool = True) -> nn.MultiheadAttention:
+    "torch's own module with a copy of the weights and the same function"
+    bias = (self.qkv if self.kv_dim == self.dim else self.q).bias is not None
+    if isinstance(self.q_norm, nn.LayerNorm):
+        raise ValueError("can't convert a module with qk_norm=True: torch's has no such norm")
+    if isinstance(self.proj_drop, nn.Dropout):
+        raise ValueError("can't convert a module with proj_dropout: torch's has none")
+    if bias != (self.proj.bias is not None):
+        raise ValueError("can't convert a module with qkv_bias=False: torch's has one in both projections or in none")
+    new = nn.MultiheadAttention(self.dim, self.n_heads, dropout=self.attend.dropout, bias=bias, kdim=self.kv_dim,
+                                vdim=self.kv_dim, batch_first=batch_first)
+    new.to(self.proj.weight).train(self.training)
+    with torch.no_grad():
+        for mine, theirs in _shared_weights(self, new): theirs.copy_(mine)
+    return new
 
 # %% ../nbs/00_attention.ipynb #673ead3f
+def _attention_modules(model, names):
+    "The `MultiHeadAttention`s of `model` called `names`, or all of them, by name"
+    found = {name: m for name, m in model.named_modules() if isinstance(m, MultiHeadAttention)}
+    if not found: raise ValueError(f"{type(model).__name__} holds no MultiHeadAttention, so there is nothing to record")
+    unknown = ', '.join(sorted(set(names or []) - set(found)))
+    if unknown: raise ValueError(f"no attention module is called {unknown}; there are: {', '.join(found)}")
+    return {name: found[name] for name in names or found}
+
 @contextmanager
 def record_attention(
     model: nn.Module,                  # any module that holds `MultiHeadAttention`s
     names: list[str]|None = None,      # dotted names of those to record; default all
 ):                                     # gives a dict `{name: weights (b h n m)}`, filled as the model runs
     "Record what each attention attends to while the fused kernel goes on computing its output"
-    found = {name: m for name, m in model.named_modules() if isinstance(m, MultiHeadAttention)}
-    if not found: raise ValueError(f"{type(model).__name__} holds no MultiHeadAttention, so there is nothing to record")
-    if unknown := set(names or []) - set(found):
-        raise ValueError(f"no attention module is called {', '.join(sorted(unknown))}; there are: {', '.join(found)}")
     weights, handles = {}, []
     def recorder(name):
         def hook(module, args, out):
@@ -275,9 +337,11 @@ def record_attention(
             with torch.no_grad(): weights[name] = attention_weights(q, k, mask)
         return hook
     try:
-        for name in names or found: handles.append(found[name].attend.register_forward_hook(recorder(name)))
+        for name, attn in _attention_modules(model, names).items():
+            handles.append(attn.attend.register_forward_hook(recorder(name)))
         yield weights
     finally:
         for handle in handles: handle.remove()
     if not weights:
-        raise RuntimeError("no attention module ran while recording: run the model inside the `with` block, and a compiled one uncompiled")
+        raise RuntimeError("no attention module ran while recording: run the model inside the `with` block, "
+                           "and a compiled one uncompiled")
