@@ -1,0 +1,193 @@
+"""Pictures of all shapes become the same numbers as in timm, torchvision and transformers, or the error says why not."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from vit_nbdev.preprocessing import (Preprocessing, open_image, timm_preprocessing, torchvision_preprocessing,
+                                     transformers_preprocessing)
+
+HALF = [0.5]*3
+SHAPES = [(1, 300), (300, 1), (1, 1), (10, 100), (100, 10), (640, 64), (64, 640), (3, 5), (223, 224), (225, 223), (341, 256),
+          (256, 341), (343, 256), (500, 375), (375, 500), (640, 427), (427, 640), (1000, 100)]
+
+@pytest.fixture(scope='module')
+def pictures():
+    "64 pictures: a photograph in many shapes, and noise, which forgives nothing"
+    rng, photo = np.random.default_rng(0), Image.fromarray(load_sample_image('china.jpg'))
+    shapes = SHAPES + [tuple(rng.integers(20, 600, 2).tolist()) for _ in range(64 - len(SHAPES))]
+    noise = [Image.fromarray(rng.integers(256, size=(h, w, 3), dtype=np.uint8)) for w, h in shapes]
+    return [noise[i] if i % 3 == 2 else photo.resize(shape) for i, shape in enumerate(shapes)]
+
+def steps(prep, theirs, picture):
+    "Largest difference between our normalised numbers and theirs, in steps of the 255 that a pixel has"
+    mine = prep.normalise(prep(picture))
+    assert mine.shape == theirs.shape
+    std = torch.tensor(prep.std).view(-1, 1, 1)
+    return ((mine - theirs).abs()*std/prep.scale).max().item()
+
+TIMM = dict(input_size=(3, 224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation='bicubic', crop_pct=0.9)
+TIMM_CONFIGS = {
+    'center': {}, 'center, bilinear': dict(interpolation='bilinear', crop_pct=0.95, input_size=(3, 256, 256)),
+    'no square': dict(input_size=(3, 160, 240)), 'squash': dict(crop_mode='squash', crop_pct=1.),
+    'squash and cut': dict(crop_mode='squash'), 'border': dict(crop_mode='border', mean=(0.48, 0.45, 0.4)),
+    'border, whole': dict(crop_mode='border', crop_pct=1.), 'lanczos': dict(interpolation='lanczos'),
+    'nearest': dict(interpolation='nearest'), 'box': dict(interpolation='box'),
+}
+
+@pytest.mark.parametrize('name', TIMM_CONFIGS)
+def test_timm(name, pictures):
+    data = pytest.importorskip('timm.data')
+    cfg = TIMM | TIMM_CONFIGS[name]
+    theirs = data.create_transform(**data.resolve_data_config(pretrained_cfg=cfg, args={}))
+    prep = timm_preprocessing(cfg)
+    assert max(steps(prep, theirs(p), p) for p in pictures) < 0.01
+
+@pytest.mark.parametrize('model, weights', [('vit_b_16', 'IMAGENET1K_V1'), ('vit_l_16', 'IMAGENET1K_V1'),
+                                            ('vit_b_16', 'IMAGENET1K_SWAG_E2E_V1'), ('vit_b_16', 'IMAGENET1K_SWAG_LINEAR_V1')])
+def test_torchvision(model, weights, pictures):
+    from torchvision.models import get_model_weights
+    theirs = get_model_weights(model)[weights].transforms()
+    prep = torchvision_preprocessing(theirs)
+    assert max(steps(prep, theirs(p), p) for p in pictures) < 0.01
+
+TRANSFORMERS = {   # the class, what is changed in it, and how far we may be off
+    'ViT':             ('ViT', {}),
+    'ViT, no square':  ('ViT', dict(size=dict(height=160, width=240), resample=3)),
+    'DeiT':            ('DeiT', {}),
+    'CLIP':            ('CLIP', {}),
+    'CLIP, integers':  ('CLIP', dict(size=224, crop_size=224)),
+    'CLIP, too small': ('CLIP', dict(size=dict(shortest_edge=200))),
+    'SigLIP':          ('Siglip', {}),
+    'DINOv2':          ('Bit', dict(size=dict(shortest_edge=256), image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])),
+    'do_resize':       ('CLIP', dict(do_resize=False)),
+    'do_rescale':      ('ViT', dict(do_rescale=False, image_mean=[127.5]*3, image_std=[127.5]*3)),
+    'rescale_factor':  ('ViT', dict(rescale_factor=1/127.5, image_mean=[1.]*3, image_std=[1.]*3)),
+    'do_normalize':    ('ViT', dict(do_normalize=False)),
+    'nearest':         ('ViT', dict(resample=0)),
+    'lanczos':         ('ViT', dict(resample=1)),
+}
+
+@pytest.mark.parametrize('name', TRANSFORMERS)
+def test_transformers(name, pictures):
+    transformers = pytest.importorskip('transformers')
+    family, changes = TRANSFORMERS[name]
+    processor = getattr(transformers, f'{family}ImageProcessor')(**changes)
+    prep = transformers_preprocessing(json.loads(processor.to_json_string()), where='preprocessor_config.json')
+    assert max(steps(prep, processor(p, return_tensors='pt')['pixel_values'][0], p) for p in pictures) < 0.01
+
+def test_dinov3_resizes_floats(pictures):
+    "Its processor resizes after scaling, so its numbers are not rounded to 255 steps in between, as ours are"
+    transformers = pytest.importorskip('transformers')
+    processor = transformers.DINOv3ViTImageProcessor()
+    prep = transformers_preprocessing(json.loads(processor.to_json_string()))
+    assert max(steps(prep, processor(p, return_tensors='pt')['pixel_values'][0], p) for p in pictures) < 1.1
+
+def test_defaults_are_those_of_transformers():
+    "What a file leaves out is what the class does"
+    transformers = pytest.importorskip('transformers')
+    for family in ('ViT', 'DeiT', 'CLIP', 'Siglip', 'Bit', 'DINOv3ViT'):
+        whole = json.loads(getattr(transformers, f'{family}ImageProcessor')().to_json_string())
+        bare = dict(image_processor_type=f'{family}ImageProcessorFast')
+        assert transformers_preprocessing(bare) == transformers_preprocessing(whole), family
+
+def test_a_very_long_picture_needs_little_memory():
+    "Only what is kept is resized; the numbers are those of a shorter picture with the same middle"
+    prep = Preprocessing(64, HALF, HALF)
+    ramp = np.tile(np.arange(2, dtype=np.uint8)[:, None, None]*200, (1, 60_000, 3))
+    assert torch.equal(prep(ramp), prep(ramp[:, :6000]))
+
+# --- files ---
+
+def test_what_files_hold(tmp_path):
+    "Grey as colour, 16 bits, transparency, a photo on its side, arrays and PIL images"
+    pixels = np.random.default_rng(1).integers(256, size=(28, 28)).astype(np.uint8)
+    grey, colour = Preprocessing(28, [0.5], [0.5], in_chans=1), Preprocessing(28, HALF, HALF)
+    Image.fromarray(pixels).save(tmp_path/'a.png')
+    assert (grey(tmp_path/'a.png')[0].numpy() == pixels).all() and (colour(str(tmp_path/'a.png')).numpy() == pixels).all()
+    assert torch.equal(grey(pixels), grey(Image.open(tmp_path/'a.png')))
+    Image.fromarray(pixels.astype(np.uint16)*257).save(tmp_path/'deep.png')
+    assert (grey(tmp_path/'deep.png')[0].numpy() == pixels).all()
+    Image.new('RGBA', (28, 28), (0, 0, 0, 0)).save(tmp_path/'clear.png')
+    assert grey(tmp_path/'clear.png').unique().tolist() == [255]
+    exif = Image.Exif()
+    exif[274] = 6                                                        # the camera was held on its side
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path/'side.png', exif=exif)
+    assert (grey(tmp_path/'side.png')[0].numpy() == pixels).all()
+
+@pytest.mark.parametrize('kind, values, value_range', [('floats', np.float32([[0, 1], [0.5, 0.25]]), (0, 1)),
+                                                       ('32-bit integers', np.int32([[0, 4095], [2048, 1024]]), (0, 4095)),
+                                                       ('floats', np.float32([[-1, 1], [0, -0.5]]), (-1, 1))])
+def test_black_and_white_must_be_known(kind, values, value_range, tmp_path):
+    Image.fromarray(values).save(tmp_path/'a.tiff')
+    prep = dict(img_size=2, mean=[0.5], std=[0.5], in_chans=1)
+    with pytest.raises(ValueError, match=f'a.tiff holds {kind}, whose black and white are not known'): Preprocessing(**prep)(tmp_path/'a.tiff')
+    x = Preprocessing(**prep, value_range=value_range)(tmp_path/'a.tiff')[0]
+    black, white = value_range
+    assert np.abs(x.numpy() - (values - black)/(white - black)*255).max() <= 0.5
+
+def test_files_that_are_none(tmp_path):
+    import os
+    (tmp_path/'note.png').write_text('no image')
+    (tmp_path/'phone.heic').write_text('no image')
+    os.mkfifo(tmp_path/'pipe.png')                                       # reading it would wait for ever
+    Image.new('L', (400, 400)).save(tmp_path/'large.png')
+    with pytest.raises(ValueError, match="note.png can't be read as an image: replace it or take it away"): open_image(tmp_path/'note.png')
+    with pytest.raises(ValueError, match='phone.heic is of a format that pillow can.t read here: convert it'): open_image(tmp_path/'phone.heic')
+    with pytest.raises(ValueError, match='pipe.png is no ordinary file'): open_image(tmp_path/'pipe.png')
+    with pytest.raises(ValueError, match='is a folder, expected an image file'): open_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match='there is no file .*nowhere.png'): open_image(tmp_path/'nowhere.png')
+    with pytest.raises(TypeError, match='got a int, expected an image file'): Preprocessing(8, HALF, HALF)(3)
+    with pytest.raises(ValueError, match='in_chans=4: images are read as 1 channel'): Preprocessing(8, [.5]*4, [.5]*4, in_chans=4)(tmp_path/'large.png')
+
+def test_a_bomb_is_named(tmp_path, monkeypatch):
+    Image.new('L', (400, 400)).save(tmp_path/'large.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50_000)
+    with pytest.raises(ValueError, match='large.png has too many pixels to be read safely'): open_image(tmp_path/'large.png')
+
+# --- descriptions ---
+
+GOOD = dict(img_size=8, mean=HALF, std=HALF)
+BAD_FIELDS = {
+    'interpolation': ('cubic', 'interpolation=.cubic. must be one of nearest'), 'resize': ('stretch', 'resize=.stretch. must be one of crop'),
+    'backend': ('jax', 'backend=.jax. must be one of pillow'), 'img_size': (0, 'img_size=.0, 0. must be a positive integer'),
+    'resize_size': (3.5, 'resize_size=3.5 must be a positive integer'), 'in_chans': (1, 'mean=.* must be 1 finite numbers'),
+    'mean': ([0.5], 'mean=.* must be 3 finite numbers'), 'std': ([0.5, 0, 0.5], 'std=.* must be above zero'),
+    'crop_pct': (-1, 'crop_pct=-1 must be a number above zero'), 'scale': (float('nan'), 'scale=nan must be a number above zero'),
+    'value_range': ([1, 0], 'value_range=.* must be two numbers'), 'antialias': (False, 'antialias=False must be True with backend=.pillow.'),
+    'labels': ([1, 2], 'labels=.* must be a list of strings'), 'crop': (1, 'unknown fields crop; known: img_size'),
+}
+
+@pytest.mark.parametrize('name', BAD_FIELDS)
+def test_bad_fields_are_named_with_their_source(name):
+    value, sentence = BAD_FIELDS[name]
+    with pytest.raises(ValueError, match=f'run/config.json:? .*{sentence}'): Preprocessing.from_dict(GOOD | {name: value}, 'run/config.json')
+
+def test_contradictions_and_gaps():
+    with pytest.raises(ValueError, match='crop_pct=0.9 must be left out, since resize_size=.9, 9. says the same'):
+        Preprocessing(**GOOD, crop_pct=0.9, resize_size=9)
+    with pytest.raises(ValueError, match="interpolation='box' must be another one with backend='torch'"):
+        Preprocessing(**GOOD, interpolation='box', backend='torch')
+    with pytest.raises(ValueError, match='config.json lacks mean'): timm_preprocessing(dict(input_size=(3, 8, 8), std=HALF))
+    with pytest.raises(ValueError, match="config.json: crop_mode='tile' must be one of center"): timm_preprocessing(TIMM | dict(crop_mode='tile'))
+    with pytest.raises(ValueError, match='config.json: interpolation=.hamming. must be'): timm_preprocessing(TIMM | dict(interpolation='hamming'))
+    with pytest.raises(ValueError, match='preprocessor_config.json neither resizes nor crops'): transformers_preprocessing(dict(do_resize=False))
+    with pytest.raises(ValueError, match='resample=5 must be one of'): transformers_preprocessing(dict(resample=5))
+    with pytest.raises(ValueError, match='is list, expected a dict'): Preprocessing.from_dict([1], 'a.json')
+
+def test_runs_of_before_still_read():
+    "The description that a run folder had until now"
+    old = dict(img_size=28, in_chans=1, mean=[0.13], std=[0.31], labels=['a', 'b'])
+    prep = Preprocessing.from_dict(old)
+    assert prep.img_size == (28, 28) and prep.labels == ('a', 'b') and prep.interpolation == 'bilinear'
+    assert Preprocessing.from_dict(old | dict(interpolation='bicubic', crop_pct=0.9)).resized == (31, 31)
+
+def test_normalise_and_back():
+    prep = Preprocessing(2, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    x = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)*20
+    z = prep.normalise(x)
+    assert torch.allclose(z[0, 2], (x[0, 2]/255 - 0.3)/0.6) and torch.allclose(prep.denormalise(z)*255, x.float(), atol=1e-4)
+    assert prep.normalise(x.double()).dtype == torch.float64
