@@ -1,5 +1,5 @@
 """Attention maps, what is made of them, and the page: against explicit attention in float64, on every kind of model."""
-import base64, io, json, math, os, re, shutil, subprocess, sys
+import base64, html, io, json, math, os, re, shutil, subprocess, sys, zlib
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_nbdev import interpret
-from vit_nbdev.interpret import (METHODS, area, attention_distance, attention_entropy, attention_maps, attention_rollout, deletion_insertion,
-                                 embedding_map, explore, head_similarity, heat_map, plot_attention_distance, plot_patch_filters,
+from vit_nbdev.interpret import (METHODS, area, attention_distance, attention_entropy, attention_maps,
+                                 attention_rollout, deletion_insertion, embedding_map, explore, fill_page, head_similarity, heat_map, plot_attention_distance, plot_patch_filters,
                                  plot_position_similarity, randomization_check, rank_correlation, relevance, show_attention, show_heads)
 from vit_nbdev.vit import vit
 
@@ -390,7 +390,7 @@ def test_bad_input(f, message, kind, changes):
 def data_of(page): return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 def weights_of(entry, name, scale, n):
-    levels = np.frombuffer(base64.b64decode(entry[name]), np.uint8).reshape(-1, n, n)
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(entry[name])), np.uint8).reshape(-1, n, n)
     return levels*np.array(entry[scale])[:, None, None]
 
 def test_page_holds_the_weights(model):
@@ -407,18 +407,17 @@ def test_page_holds_the_weights(model):
         assert entry['probs'][0][1] == pytest.approx(p.max().item(), abs=1e-4) and sum(entry['read']) == pytest.approx(1, abs=1e-5)
 
 def test_page_is_small_and_needs_no_network(tmp_path):
-    "Eight images of an MNIST model, also with patches that are finer than the preset's"
-    for patch_size in (7, 4):
+    "Eight images of an MNIST model, also with patches that are finer than the preset's; all of it is noise, which packs badly"
+    for patch_size, size in (7, 150e3), (4, 500e3):
         model = vit('mnist', patch_size=patch_size)
         page = explore(model, images(model, 8), tmp_path/'page.html')
-        assert (tmp_path/'page.html').stat().st_size < 2e6 and (tmp_path/'page.html').read_text(encoding='utf-8') == page
+        assert (tmp_path/'page.html').stat().st_size < size and (tmp_path/'page.html').read_text(encoding='utf-8') == page
         assert not re.search(r'https?:|//cdn|@import|url\(|fetch\(|XMLHttp|import\s', page)
 
 def test_page_in_jupyter():
     page = explore(make(pool='cls'), images(make(pool='cls')))
     frame = page._repr_html_()
     assert frame.startswith('<iframe srcdoc="') and frame.count('"') == 6 and '&lt;canvas&gt;' in frame
-    import html
     assert html.unescape(re.search('srcdoc="(.*?)"', frame, re.S)[1]) == page
 
 def test_hostile_names():
@@ -426,6 +425,44 @@ def test_hostile_names():
     model, evil = make(pool='cls'), '</script><img src=x onerror=alert(1)>'
     page = explore(model, images(model), None, dict(mean=[0.], std=[1.], labels=[evil]*10), titles=[evil]*3)
     assert evil not in page and data_of(page)['images'][0]['title'] == evil and data_of(page)['images'][0]['probs'][0][0] == evil
+
+def test_a_page_of_a_photograph_is_small():
+    "Ti/16 at 224 pixels: 1.4 MB of weights, 0.5 MB of rollout; and the pixels as JPEG, which a small image is not"
+    torch.manual_seed(0)
+    smooth = F.interpolate(torch.randn(1, 3, 14, 14), (224, 224), mode='bicubic')
+    model = vit('Ti/16')                                                      # without training: what packs badly
+    page = explore(model, smooth)
+    assert len(page) < 0.7*len(explore(model, smooth, compress=False))
+    assert data_of(page)['images'][0]['src'].startswith('data:image/jpeg')
+    assert data_of(explore(make(), images(make())))['images'][0]['src'].startswith('data:image/png')
+
+def test_pages_are_filled_safely():
+    "Text is text; a part that is missing is an error; and nothing in a file of the package ends the element it goes into"
+    parts = dict(title='a < b & "c"', headline='1', summary='2', settings={'<i>': '</table>'},
+                 pictures=[dict(title='"><script>', note='<b>', src='data:,')])
+    page = fill_page('report.html', **parts)
+    for evil in ('<script', '<i>', '<b>', '&lt;/table></td>'): assert evil not in page
+    assert html.unescape(page).count('a < b & "c"') == 2 and '<td>&lt;/table&gt;</td>' in page
+    import jinja2
+    with pytest.raises(jinja2.UndefinedError, match='settings'): fill_page('report.html', **parts | dict(settings=jinja2.StrictUndefined(name='settings')))
+    del parts['headline']
+    with pytest.raises(jinja2.UndefinedError, match="'headline' is undefined"): fill_page('report.html', **parts)
+    for path in ASSETS.iterdir():
+        if path.suffix != '.html': assert not re.search(r'</(script|style)|<!--', path.read_text(encoding='utf-8'), re.I), path.name
+
+ASSETS = Path(interpret.__file__).parent/'assets'
+
+@pytest.mark.parametrize('path', ASSETS.glob('*.js'), ids=lambda p: p.name)
+def test_script_is_javascript(path):
+    node = shutil.which('node')
+    if node is None: pytest.skip('node is not here: it checks the syntax of the scripts')
+    done = subprocess.run([node, '--check', path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+def test_no_page_in_python():
+    "Markup, styles and scripts live in files of their own"
+    source = Path(interpret.__file__).read_text(encoding='utf-8')
+    assert not re.search(r'</|<!DOCTYPE|<iframe|<script|document\.', source)
 
 @pytest.fixture(scope='module')
 def browser():
@@ -441,15 +478,18 @@ def browser():
 def open_page(browser, tmp_path):
     "A function that opens the page of a model; whatever goes wrong in it, or asks the network, fails the test"
     troubles, contexts = [], []
-    def open_page(model, x, width=1100, **kwargs):
+    def open_page(model, x, width=1100, compress=True, before=None, **kwargs):
         context = browser.new_context(viewport=dict(width=width, height=900), **kwargs)
         contexts.append(context)
         tab = context.new_page()
-        explore(model, x, tmp_path/'page.html', dict(mean=[0.], std=[1.], labels=[f'class {i}' for i in range(10)]))
+        labels = [f'class {i}' for i in range(model.config.n_classes)]
+        explore(model, x, tmp_path/'page.html', dict(mean=[0.]*x.shape[1], std=[1.]*x.shape[1], labels=labels), compress=compress)
         tab.on('pageerror', lambda e: troubles.append(str(e)))
         tab.on('console', lambda m: 'willReadFrequently' in m.text or troubles.append(m.text))     # advice for a test that reads pixels
         tab.on('request', lambda r: r.url.startswith(('file:', 'data:')) or troubles.append(r.url))
+        if before: tab.add_init_script(before)
         tab.goto((tmp_path/'page.html').as_uri())
+        tab.wait_for_function('before => before || D.images.every(im => im.loaded)', arg=before)
         tab.wait_for_timeout(100)
         return tab
     yield open_page
@@ -491,6 +531,24 @@ def test_hovering(open_page):
     assert close_to(shown(tab), w[2, 0], 2 + 5) and '(held)' in tab.inner_text('#said')
     point(tab, '#map', 2, 0)
     assert tab.inner_text('#read') == f'row 2, column 0: {100*shown(tab)[2 + 8]:.1f} %'
+
+def test_uncompressed_and_old_browsers(open_page):
+    "A browser that can't unpack says so, and one page for it shows the same weights"
+    model, no_stream = make(pool='cls'), 'delete window.DecompressionStream'
+    x = images(model)
+    tab = open_page(model, x, before=no_stream)
+    assert 'explore(..., compress=False)' in tab.inner_text('#said')
+    tab = open_page(model, x, before=no_stream, compress=False)
+    assert close_to(shown(tab), attention_maps(model, x)[0, 2, 0], 0)
+
+def test_photograph(open_page):
+    "196 patches, and an image that is stored as JPEG"
+    torch.manual_seed(0)
+    model = vit('Ti/16', depth=2)
+    x = F.interpolate(torch.randn(1, 3, 14, 14), (224, 224), mode='bicubic')
+    tab = open_page(model, x)
+    point(tab, '#picture', 3, 5, 14, 14)
+    assert close_to(shown(tab), attention_maps(model, x)[0, 1, 0], model.n_prefix + 3*14 + 5)
 
 def test_every_view(open_page):
     "One head, mean of heads and rollout; every block; the class token and what the head reads"

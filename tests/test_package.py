@@ -1,5 +1,5 @@
 """The wheel holds everything, and the library runs with old and new fastai, and without what it does not need."""
-import os, shutil, subprocess, sys, zipfile
+import os, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
 from pathlib import Path
@@ -17,6 +17,16 @@ import vit_nbdev
 print("fastcore", fastcore.__version__, "fastai", fastai.__version__, "from", vit_nbdev.__file__)
 '''
 
+PAGE = '''
+import torch
+from vit_nbdev.interpret import explore
+from vit_nbdev.vit import vit
+page = explore(vit("digits"), torch.randn(2, 1, 8, 8), "page.html")
+assert "</html>" in page and page._repr_html_().startswith("<iframe")
+import vit_nbdev
+print("from", vit_nbdev.__file__)
+'''
+
 def run(*args, cwd=ROOT, **env):
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -24,17 +34,29 @@ def run(*args, cwd=ROOT, **env):
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    "Built from what belongs to the project, so that nothing left lying about gets in"
-    source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, source/name)
-    shutil.copytree(ROOT/'vit_nbdev', source/'vit_nbdev', ignore=shutil.ignore_patterns('__pycache__'))
-    run('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', out, source)
+    "Built from a copy"
+    out = tmp_path_factory.mktemp('wheel')
+    run('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', out, source_of(tmp_path_factory))
     return next(out.glob('*.whl'))
+
+def source_of(tmp_path_factory):
+    "A copy of what belongs to the project, so that nothing left lying about gets in"
+    source = tmp_path_factory.mktemp('source')
+    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT/name, source/name)
+    shutil.copytree(ROOT/'vit_nbdev', source/'vit_nbdev', ignore=shutil.ignore_patterns('__pycache__'))
+    return source
+
+def files_of_the_package():
+    "The modules and the pages, as a wheel names them"
+    assets = (ROOT/'vit_nbdev'/'assets').iterdir()
+    return {p.relative_to(ROOT).as_posix() for p in [*(ROOT/'vit_nbdev').glob('*.py'), *assets]}
 
 def test_wheel_is_complete(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-        assert {f'vit_nbdev/{p.name}' for p in (ROOT/'vit_nbdev').glob('*.py')} == {n for n in names if n.startswith('vit_nbdev/')}
+        assert files_of_the_package() == {n for n in names if n.startswith('vit_nbdev/')}
+        assert {'vit_nbdev/assets/explorer.html', 'vit_nbdev/assets/report.css'} <= names
         info = next(n.split('/')[0] for n in names if n.endswith('.dist-info/METADATA'))
         meta = message_from_bytes(z.read(f'{info}/METADATA'))
         scripts = ConfigParser()
@@ -47,6 +69,22 @@ def test_wheel_is_complete(wheel):
     needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(needed) == len(config['DEFAULT']['requirements'].split())
     assert not any(r.startswith(('nbdev', 'execnb', 'pytest')) for r in needed), needed
+
+def test_sdist_is_complete(tmp_path_factory):
+    "What a wheel can be built from again"
+    source = source_of(tmp_path_factory)
+    run('setup.py', '-q', 'sdist', cwd=source)
+    with tarfile.open(next((source/'dist').glob('*.tar.gz'))) as tar:
+        names = {name.split('/', 1)[-1] for name in tar.getnames()}
+    assert files_of_the_package() | {'settings.ini', 'setup.py'} <= names
+
+def test_page_from_the_wheel(wheel, tmp_path):
+    "The installed package finds its pages; from inside the zipped wheel, too"
+    run('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
+    for place in (tmp_path/'site', wheel):
+        out = run('-c', PAGE, cwd=tmp_path, PYTHONPATH=str(place))
+        assert f'from {place}' in out
+        (tmp_path/'page.html').unlink()
 
 def test_wheel_works_without_nbdev(wheel, tmp_path):
     "The library from the wheel, not from this folder, with an nbdev that can't be imported"

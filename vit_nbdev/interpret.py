@@ -6,12 +6,13 @@
 __all__ = ['METHODS', 'attention_maps', 'attention_rollout', 'relevance', 'heat_map', 'show_attention', 'show_heads',
            'plot_patch_filters', 'plot_position_similarity', 'attention_distance', 'plot_attention_distance',
            'attention_entropy', 'head_similarity', 'embedding_map', 'deletion_insertion', 'area', 'rank_correlation',
-           'randomization_check', 'Page', 'explore']
+           'randomization_check', 'fill_page', 'Page', 'explore']
 
 # %% ../nbs/06_interpret.ipynb #23a878c6
-import base64, html, io, json
+import base64, io, json, zlib
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -441,354 +442,74 @@ def randomization_check(
 
 # %% ../nbs/06_interpret.ipynb #bb88845e
 def _quantise(maps):
-    "Bytes as base64, and what 1 stands for in each of the maps `(m n n)`: a part in 255 of its largest weight"
+    "Bytes, and what 1 stands for in each of the maps `(m n n)`: a part in 255 of its largest weight"
     scale = (maps.amax(dim=(1, 2))/255).clamp(min=1e-12)
     levels = (maps/scale[:, None, None]).round().to(torch.uint8).cpu().numpy()
-    return base64.b64encode(levels.tobytes()).decode(), scale.tolist()
+    return levels.tobytes(), scale.tolist()
 
-# %% ../nbs/06_interpret.ipynb #83a93d5f
-_STYLE = '''
-:root {
-  color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d2129; --soft: #5b6470;
-  --line: #dfe2e6; --accent: #2456a6; --on: #e6edf9;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #14171c; --card: #1c2027; --ink: #e8eaee; --soft: #a3abb7;
-    --line: #343a44; --accent: #8db4f5; --on: #26344d;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 66rem; padding: 1.5rem 1.25rem 3rem;
-  background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-}
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1rem; margin: 0 0 .6rem; } p { margin: .35rem 0; }
-.soft, figcaption { color: var(--soft); font-size: .875rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; margin-top: 1rem; }
-.columns { display: grid; grid-template-columns: minmax(0, 2.3fr) minmax(0, 1fr); gap: 1rem; align-items: start; }
-.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) 4.2rem; gap: 1rem; }
-figure { margin: 0; } figcaption { margin-top: .35rem; }
-canvas { display: block; width: 100%; aspect-ratio: var(--shape); border-radius: 6px; }
-#picture, #map { position: relative; touch-action: manipulation; }
-#picture { cursor: crosshair; }
-#bar { position: relative; width: 1rem; aspect-ratio: auto; height: calc(100% - 1px); border-radius: 4px; }
-.scale { position: relative; display: flex; gap: .4rem; font-size: .75rem; color: var(--soft); }
-.scale div { display: flex; flex-direction: column; justify-content: space-between; line-height: 1; white-space: nowrap; }
-button {
-  font: inherit; font-size: .875rem; color: var(--ink); background: var(--card);
-  border: 1px solid var(--line); border-radius: 8px; padding: .3rem .65rem; cursor: pointer;
-}
-button:hover { border-color: var(--accent); }
-button[aria-pressed=true] { background: var(--on); border-color: var(--accent); color: var(--accent); font-weight: 600; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
-.row { display: flex; flex-wrap: wrap; gap: .4rem; margin: .3rem 0 .9rem; }
-.thumb { padding: 3px; line-height: 0; }
-.thumb img { width: 44px; height: 44px; object-fit: contain; border-radius: 5px; image-rendering: pixelated; }
-.chip span { margin-left: .4rem; padding: 0 .35rem; border-radius: 5px; font-weight: 400; font-variant-numeric: tabular-nums; }
-input[type=range] { width: 100%; accent-color: var(--accent); margin: .2rem 0 .9rem; } label { font-size: .875rem; }
-.probs {
-  display: grid; grid-template-columns: minmax(1.2rem, auto) minmax(0, 1fr) auto; gap: .25rem .5rem; align-items: center;
-  font-size: .875rem; font-variant-numeric: tabular-nums;
-}
-.probs span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 8rem; }
-.probs i { display: block; height: .55rem; border-radius: 4px; background: var(--accent); min-width: 2px; }
-#said { min-height: 3em; margin-top: .75rem; }
-#said b { font-variant-numeric: tabular-nums; white-space: nowrap; }
-#heads { display: grid; gap: clamp(2px, .6vw, 8px); align-items: center; }
-#heads span { font-size: .75rem; color: var(--soft); text-align: center; overflow: hidden; }
-#heads button { padding: 2px; border-width: 2px; border-color: transparent; background: none; border-radius: 7px; }
-#heads button:hover, #heads button[aria-pressed=true] { border-color: var(--accent); }
-#heads canvas { border-radius: 4px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-td, th { border: 1px solid var(--line); padding: .2rem .45rem; text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; }
-kbd { font: inherit; font-size: .8rem; border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 5px; padding: 0 .35rem; }
-summary { cursor: pointer; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: .45rem .8rem; font-size: .875rem; margin: 0; }
-dd { margin: 0; }
-@media (max-width: 46rem) {
-  body { padding: 1rem .75rem 2rem; } .card { padding: .75rem; }
-  .columns { grid-template-columns: minmax(0, 1fr); gap: 0; }
-  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .6rem; }
-  .scale { grid-column: 1 / -1; flex-direction: column; } .scale div { flex-direction: row-reverse; }
-  #bar { width: 100%; height: .8rem; } #heads button { padding: 1px; border-width: 1px; border-radius: 4px; }
-}
-'''
-
-# %% ../nbs/06_interpret.ipynb #ac9211a1
-_BODY = '''
-<header><h1>What the model looks at</h1><p class="soft" id="about"></p></header>
-<div class="row" id="images" role="group" aria-label="Choose an image"></div>
-<div class="columns">
-  <section class="card" aria-label="Attention of one token">
-    <div class="pair">
-      <figure><div id="picture" tabindex="0" role="application" aria-describedby="help said"
-          aria-label="The image. Arrow keys move from patch to patch."><canvas></canvas></div>
-        <figcaption>Point at a patch that asks; click to hold it.</figcaption></figure>
-      <figure><div id="map" role="img" aria-labelledby="said"><canvas></canvas></div>
-        <figcaption id="read">Its attention. Point here to read a weight.</figcaption></figure>
-      <div class="scale"><canvas id="bar" role="img" aria-label="Colour bar"></canvas>
-        <div><span id="high"></span><span id="mid"></span><span>0 %</span></div></div>
-    </div>
-    <p id="said" aria-live="polite"></p>
-    <div class="row" id="tokens" role="group" aria-label="Tokens that are no patches" style="margin-bottom: 0"></div>
-  </section>
-  <section class="card" aria-label="Settings">
-    <h2>View</h2><div class="row" id="views" role="group" aria-label="View"></div>
-    <label for="block">Depth: <b id="depth"></b></label><input type="range" id="block" min="0" step="1">
-    <div id="pick"><h2>Head</h2><div class="row" id="numbers" role="group" aria-label="Head"></div></div>
-    <label><input type="checkbox" id="dim" checked> dim what gets little attention</label>
-    <h2 style="margin-top: 1rem">Prediction</h2><div class="probs" id="probs"></div>
-  </section>
-</div>
-<div class="columns">
-<section class="card" aria-labelledby="all"><h2 id="all">All heads, the same token</h2>
-  <div id="heads"></div><p class="soft" id="range"></p>
-  <label><input type="checkbox" id="own"> each head on its own scale</label></section>
-<section class="card" aria-labelledby="keys"><h2 id="keys">Keys</h2><dl id="help">
-  <dt><kbd>&larr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> <kbd>&rarr;</kbd></dt><dd>next patch, while the image has the focus (<kbd>Tab</kbd> or click)</dd>
-  <dt><kbd>T</kbd></dt><dd>next token that is no patch</dd><dt><kbd>[</kbd> <kbd>]</kbd></dt><dd>one block up or down</dd>
-  <dt><kbd>H</kbd></dt><dd>next head</dd><dt><kbd>V</kbd></dt><dd>next view</dd><dt><kbd>I</kbd></dt><dd>next image</dd>
-  <dt><kbd>Esc</kbd></dt><dd>let go of a held patch</dd>
-</dl></section>
-</div>
-<details class="card"><summary>The numbers of the large picture</summary>
-  <div class="scroll" tabindex="0" role="region" aria-label="Weights as a table"><table id="table"></table></div></details>
-'''
-
-# %% ../nbs/06_interpret.ipynb #93292835
-_SCRIPT = '''
-const $ = id => document.getElementById(id), D = JSON.parse($('data').textContent);
-const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
-const [R, C] = D.grid, P = D.prefix.length, N = P + R*C, L = D.depth, H = D.heads, LUT = bytes(D.colours);
-const OUT = N, range = n => [...Array(n).keys()];         // what the head reads counts as one more token
-const extra = D.prefix.map((name, i) => [i, name]).concat(D.output ? [[OUT, D.output]] : []);
-const S = {image: 0, view: 0, block: L - 1, head: 0, query: D.output ? OUT : 0, held: false};
-const VIEWS = ['one head', 'mean of heads', 'rollout'];
-const percent = w => (100*w).toFixed(1) + ' %';
-const isPatch = t => t >= P && t < N;
-const name = t => isPatch(t) ? `row ${Math.floor((t - P)/C)}, column ${(t - P) % C}` : extra.find(e => e[0] === t)[1];
-for (const im of D.images) {
-  im.maps = bytes(im.maps); im.rollout = bytes(im.rollout);
-  im.img = new Image(); im.img.onload = () => draw(); im.img.src = im.src;
-}
-
-function stored(data, scale, k, query) {              // one row of a stored map, in weights again
-  const start = (k*N + query)*N;
-  return Float64Array.from(data.subarray(start, start + N), v => v*scale[k]);
-}
-function mix(rows, shares) {
-  const out = new Float64Array(N);
-  rows.forEach((row, i) => row.forEach((w, j) => { out[j] += shares[i]*w; }));
-  return out;
-}
-function weights(view, block, head, query) {          // what `query` attends to
-  const im = D.images[S.image];
-  if (query === OUT) {
-    const read = range(N).filter(t => im.read[t] > 0);
-    return mix(read.map(t => weights(view, block, head, t)), read.map(t => im.read[t]));
-  }
-  if (view === 2) return stored(im.rollout, im.rollout_scale, block, query);
-  if (view === 0) return stored(im.maps, im.scale, block*H + head, query);
-  return mix(range(H).map(h => stored(im.maps, im.scale, block*H + h, query)), Array(H).fill(1/H));
-}
-const highest = row => Math.max(...row.slice(P));
-function colour(w, top) {
-  const i = 3*Math.min(255, Math.round(255*w/top));
-  return [LUT[i], LUT[i + 1], LUT[i + 2]];
-}
-const css = rgb => `rgb(${rgb})`;
-const onTop = rgb => rgb[0]*.3 + rgb[1]*.59 + rgb[2]*.11 > 130 ? '#000' : '#fff';    // readable on that colour
-'''
-
-# %% ../nbs/06_interpret.ipynb #05d7ae3b
-_DRAW = '''
-function fit(canvas) {                                // as many pixels as the screen has
-  const box = canvas.getBoundingClientRect(), s = devicePixelRatio || 1;
-  const w = Math.round(box.width*s), h = Math.round(box.height*s);
-  if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
-  return [canvas.getContext('2d'), w, h, s];
-}
-function cell(i, w, h) {
-  const r = Math.floor(i/C), c = i % C, x = Math.round(c*w/C), y = Math.round(r*h/R);
-  return [x, y, Math.round((c + 1)*w/C) - x, Math.round((r + 1)*h/R) - y];
-}
-function frame(ctx, w, h, s) {
-  if (!isPatch(S.query)) return;
-  const [x, y, cw, ch] = cell(S.query - P, w, h);
-  for (const [style, width, inset] of [['#000', 4*s, 2*s], ['#fff', 2*s, 2*s]]) {
-    ctx.strokeStyle = style; ctx.lineWidth = width; ctx.strokeRect(x + inset, y + inset, cw - 2*inset, ch - 2*inset);
-  }
-}
-function drawPicture(row, top) {
-  const [ctx, w, h, s] = fit($('picture').firstChild);
-  ctx.imageSmoothingEnabled = false;
-  ctx.drawImage(D.images[S.image].img, 0, 0, w, h);
-  for (let i = 0; i < R*C && $('dim').checked; i++) {
-    ctx.fillStyle = `rgba(20, 23, 28, ${.72*(1 - Math.min(1, row[P + i]/top))})`;
-    ctx.fillRect(...cell(i, w, h));
-  }
-  ctx.strokeStyle = 'rgba(128, 128, 128, .45)'; ctx.lineWidth = s;
-  for (let i = 0; i < R*C && w/C > 12*s; i++) ctx.strokeRect(...cell(i, w, h));
-  frame(ctx, w, h, s);
-}
-function drawMap(canvas, row, top, large) {
-  const [ctx, w, h, s] = fit(canvas);
-  for (let i = 0; i < R*C; i++) {
-    const rgb = colour(row[P + i], top), [x, y, cw, ch] = cell(i, w, h);
-    ctx.fillStyle = css(rgb); ctx.fillRect(x, y, cw, ch);
-    if (large && cw > 30*s) {
-      ctx.fillStyle = onTop(rgb); ctx.font = `${12*s}px system-ui, sans-serif`;
-      ctx.textAlign = 'center'; ctx.textBaseline = 'middle';
-      ctx.fillText((100*row[P + i]).toFixed(1), x + cw/2, y + ch/2);
-    }
-  }
-  if (large) frame(ctx, w, h, s);
-}
-function drawBar(top) {
-  const [ctx, w, h] = fit($('bar')), tall = h > w, n = tall ? h : w;
-  for (let i = 0; i < n; i++) {
-    ctx.fillStyle = css(colour(tall ? 1 - i/n : i/n, 1));
-    if (tall) ctx.fillRect(0, i, w, 1); else ctx.fillRect(i, 0, 1, h);
-  }
-  $('high').textContent = percent(top); $('mid').textContent = percent(top/2);
-}
-function draw() {
-  const all = range(L*H).map(k => weights(0, Math.floor(k/H), k % H, S.query));
-  const row = weights(S.view, S.block, S.head, S.query);
-  const own = $('own').checked, top = Math.max(1e-9, highest(row)), topAll = Math.max(1e-9, ...all.map(highest));
-  drawPicture(row, top); drawMap($('map').firstChild, row, top, true); drawBar(top);
-  $('heads').querySelectorAll('button').forEach((b, k) => {
-    drawMap(b.firstChild, all[k], own ? Math.max(1e-9, highest(all[k])) : topAll, false);
-  });
-  $('range').textContent = `${own ? 'Colours of each: 0 to its largest weight' : 'Colours of all: 0 to ' + percent(topAll)}. Click on a head to see it large.`;
-  tell(row, top);
-}
-'''
-
-# %% ../nbs/06_interpret.ipynb #f4b0ea0a
-_CONTROLS = '''
-function tell(row, top) {                             // everything on the page that is text
-  const im = D.images[S.image], order = [...row.keys()].sort((a, b) => row[b] - row[a]);
-  const where = S.view === 2 ? `Rollout through blocks 0 to ${S.block}`
-    : `Block ${S.block}, ${S.view ? 'mean of heads' : 'head ' + S.head}`;
-  const most = order.slice(0, 2).map(t => `<b>${name(t)}</b>: <b>${percent(row[t])}</b>`).join(', then to ');
-  $('said').innerHTML = `${where}. <b>${name(S.query)}</b>${S.held ? ' (held)' : ''} attends most to ${most}. ` +
-    `Even attention would be ${percent(1/N)}.`;
-  $('depth').textContent = S.view === 2 ? `blocks 0 to ${S.block}` : `block ${S.block}`;
-  $('block').value = S.block; $('pick').hidden = S.view !== 0;
-  press('images', S.image); press('views', S.view); press('numbers', S.head);
-  press('tokens', extra.findIndex(e => e[0] === S.query)); press('heads', S.view ? -1 : S.block*H + S.head);
-  $('tokens').querySelectorAll('span').forEach((span, i) => {
-    const t = extra[i][0];
-    if (t === OUT) return span.remove();
-    const rgb = colour(row[t], top);
-    span.textContent = percent(row[t]); span.style.background = css(rgb); span.style.color = onTop(rgb);
-  });
-  $('probs').innerHTML = im.probs.map(([label, p]) => `<span></span><i style="width: ${100*p}%"></i><b>${percent(p)}</b>`).join('');
-  $('probs').querySelectorAll('span').forEach((span, i) => { span.textContent = span.title = im.probs[i][0]; });
-  tabulate(row);
-}
-function tabulate(row) {
-  const value = t => `<td data-token="${t}" data-value="${row[t]}">${percent(row[t])}</td>`;
-  const line = (label, cells) => `<tr><th scope="row">${label}</th>${cells.join('')}</tr>`;
-  $('table').innerHTML = range(P).map(t => line(D.prefix[t], [value(t)])).join('') +
-    line('', range(C).map(c => `<th scope="col">column ${c}</th>`)) +
-    range(R).map(r => line(`row ${r}`, range(C).map(c => value(P + r*C + c)))).join('');
-}
-function press(id, chosen) {
-  $(id).querySelectorAll('button').forEach((b, i) => b.setAttribute('aria-pressed', i === chosen));
-}
-function set(change) { Object.assign(S, change); draw(); }
-function button(parent, label, act, make = b => { b.textContent = label; }) {
-  const b = document.createElement('button');
-  b.type = 'button'; b.setAttribute('aria-label', label); make(b); b.onclick = act; $(parent).append(b);
-}
-function at(event, box) {                             // the patch under the pointer
-  const r = box.getBoundingClientRect(), index = (v, n) => Math.max(0, Math.min(n - 1, Math.floor(v*n)));
-  return P + index((event.clientY - r.top)/r.height, R)*C + index((event.clientX - r.left)/r.width, C);
-}
-function arrow(dr, dc) {
-  const i = S.query - P;
-  const [r, c] = isPatch(S.query) ? [Math.floor(i/C) + dr, i % C + dc] : [Math.floor(R/2), Math.floor(C/2)];
-  set({query: P + Math.max(0, Math.min(R - 1, r))*C + Math.max(0, Math.min(C - 1, c)), held: true});
-}
-'''
-
-# %% ../nbs/06_interpret.ipynb #d8c83918
-_START = '''
-document.documentElement.style.setProperty('--shape', `${C}/${R}`);
-$('about').textContent = D.about; $('block').max = L - 1;
-D.images.forEach((im, i) => button('images', im.title, () => set({image: i}), b => {
-  b.className = 'thumb'; b.innerHTML = '<img alt="">'; b.firstChild.src = im.src;
-}));
-VIEWS.forEach((view, i) => button('views', view, () => set({view: i})));
-range(H).forEach(h => button('numbers', String(h), () => set({head: h})));
-extra.forEach(([t, label]) => button('tokens', label, () => set({query: t, held: true}), b => {
-  b.className = 'chip'; b.textContent = label; b.append(document.createElement('span'));
-}));
-$('heads').style.gridTemplateColumns = `3.2rem repeat(${H}, minmax(0, ${Math.max(4, Math.min(9, 40/H))}rem))`;
-$('heads').innerHTML = '<span></span>' + range(H).map(h => `<span>${H > 6 ? h : 'head ' + h}</span>`).join('');
-range(L).forEach(b => {
-  $('heads').insertAdjacentHTML('beforeend', `<span>block ${b}</span>`);
-  range(H).forEach(h => button('heads', `block ${b}, head ${h}`, () => set({view: 0, block: b, head: h}),
-    e => e.append(document.createElement('canvas'))));
-});
-$('block').oninput = event => set({block: Number(event.target.value)});
-$('dim').onchange = $('own').onchange = draw;
-const picture = $('picture');
-picture.onpointermove = event => { if (event.pointerType === 'mouse' && !S.held) set({query: at(event, picture)}); };
-picture.onpointerdown = event => {
-  const query = at(event, picture);
-  set({held: !S.held || query !== S.query, query});
-};
-$('map').onpointermove = event => {
-  const t = at(event, $('map'));
-  $('read').textContent = `${name(t)}: ${$('table').querySelector(`[data-token="${t}"]`).textContent}`;
-};
-$('map').onpointerleave = () => { $('read').textContent = 'Its attention. Point here to read a weight.'; };
-const MOVES = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
-const KEYS = {
-  h: () => set({view: 0, head: (S.head + 1) % H}),
-  v: () => set({view: (S.view + 1) % VIEWS.length}),
-  i: () => set({image: (S.image + 1) % D.images.length}),
-  t: () => extra.length && set({query: extra[(extra.findIndex(e => e[0] === S.query) + 1) % extra.length][0], held: true}),
-  '[': () => set({block: Math.max(0, S.block - 1)}),
-  ']': () => set({block: Math.min(L - 1, S.block + 1)}),
-  escape: () => set({held: false}),
-};
-document.addEventListener('keydown', event => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (document.activeElement === picture && MOVES[event.key]) { event.preventDefault(); arrow(...MOVES[event.key]); }
-  else if (KEYS[event.key.toLowerCase()]) KEYS[event.key.toLowerCase()]();
-});
-new ResizeObserver(draw).observe(document.body);
-draw();
-'''
+def _encode(data, compress):
+    "Bytes as text"
+    return base64.b64encode(zlib.compress(data) if compress else data).decode()
 
 # %% ../nbs/06_interpret.ipynb #1da778fa
-def _png(pixels):
-    "An image in [0, 1] as a data URI"
+def _data_uri(pixels):
+    "An image in [0, 1] as a data URI: PNG, or JPEG where that is smaller and the image is no icon"
     from PIL import Image
-    out = io.BytesIO()
-    Image.fromarray((pixels*255).round().to(torch.uint8).numpy()).save(out, 'PNG')
-    return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
+    image = Image.fromarray((pixels*255).round().to(torch.uint8).numpy())
+    kinds = {'png': {}} | ({'jpeg': dict(quality=90)} if max(image.size) > 64 else {})
+    stored = {}
+    for kind, options in kinds.items():
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        stored[kind] = out.getvalue()
+    kind = min(stored, key=lambda k: len(stored[k]))
+    return f'data:image/{kind};base64,{base64.b64encode(stored[kind]).decode()}'
+
+# %% ../nbs/06_interpret.ipynb #pagefact
+def _image_facts(title, pixels, probs, read, maps, rolled, compress):
+    "What the page needs of one image"
+    levels, scale = _quantise(maps.flatten(0, 1))
+    rolled_levels, rolled_scale = _quantise(rolled)
+    return dict(title=title, src=_data_uri(pixels), probs=probs, read=read.tolist(),
+                maps=_encode(levels, compress), scale=scale,
+                rollout=_encode(rolled_levels, compress), rollout_scale=rolled_scale)
+
+def _page_facts(model, images, titles, preprocessing, compress):
+    "What the page needs, as JSON knows it"
+    from matplotlib import colormaps
+    maps, read, logits = (t.float() for t in _record(model, images))
+    rolled, c, labels = attention_rollout(maps), model.config, _labels(model, preprocessing)
+    top = logits.softmax(dim=1).topk(min(5, len(labels)))
+    entries = []
+    for i, title in enumerate(titles):
+        probs = [[labels[k], round(p, 4)] for p, k in zip(top.values[i].tolist(), top.indices[i].tolist())]
+        pixels = _pixels(images[i], preprocessing)
+        entries.append(_image_facts(title, pixels, probs, read[i], maps[i], rolled[i], compress))
+    rows, cols = grid = _grid(images, c)
+    viridis = colormaps['viridis'](np.arange(256), bytes=True)[:, :3]
+    about = (f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches '
+             f'of {c.patch_size} x {c.patch_size} pixels.')
+    return dict(about=about, grid=grid, depth=c.depth, heads=c.n_heads, images=entries, deflated=compress,
+                prefix=['class token']*c.has_cls + [f'register {i + 1}' for i in range(c.n_registers)],
+                output={'cls': None, 'mean': 'mean of patches', 'map': 'attention pool'}[c.pool],
+                colours=_encode(viridis.tobytes(), compress=False))
+
+# %% ../nbs/06_interpret.ipynb #13c75680
+def fill_page(
+    name: str,  # of a template in `vit_nbdev/assets`, such as 'explorer.html'
+    **parts,    # a value for each name in the template
+) -> str:
+    "A page from one of the package's templates: text is escaped, and a part that is missing is an error"
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+    def read(asset): return (files('vit_nbdev')/'assets'/asset).read_text(encoding='utf-8')
+    templates = Environment(loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    templates.globals['asset'] = lambda asset: Markup(read(asset))     # styles and scripts go in as they are
+    return templates.get_template(name).render(parts)
 
 class Page(str):
     "An HTML page, which Jupyter shows in a frame"
-    def _repr_html_(self):
-        return f'<iframe srcdoc="{html.escape(self)}" style="width: 100%; height: 900px; border: 0" title="attention explorer"></iframe>'
-
-# %% ../nbs/06_interpret.ipynb #13c75680
-def _html(facts):
-    "The page, with its data inside"
-    data = json.dumps(facts).replace('<', '\\u003c')     # no title or label can end the script element
-    return Page('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">'
-                f'<title>What the model looks at</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>{_BODY}'
-                f'<script type="application/json" id="data">{data}</script><script>{_SCRIPT}{_DRAW}{_CONTROLS}{_START}</script></body></html>\n')
+    def _repr_html_(self): return fill_page('frame.html', page=self, title='attention explorer')
 
 # %% ../nbs/06_interpret.ipynb #250e8a0b
 def explore(
@@ -797,28 +518,13 @@ def explore(
     path: str|Path|None = None,         # where to write the page
     preprocessing: dict|None = None,    # as in `show_attention`
     titles: list[str]|None = None,      # a word per image; default "image 1", "image 2", ...
+    compress: bool = True,              # False: a larger page, which browsers from before 2023 understand, too
 ) -> Page:                              # the page as text
     "One HTML page that needs no network: point at a patch and see what it attends to, in every block and head"
-    from matplotlib import colormaps
     images = _images(images)
     if not len(images): raise ValueError("images are empty: give one or more")
-    titles = [f'image {i + 1}' for i in range(len(images))] if titles is None else titles
+    if titles is None: titles = [f'image {i + 1}' for i in range(len(images))]
     if len(titles) != len(images): raise ValueError(f"there are {len(titles)} titles but {len(images)} images")
-    maps, read, logits = (t.float() for t in _record(model, images))
-    rolled, c, labels, entries = attention_rollout(maps), model.config, _labels(model, preprocessing), []
-    top = logits.softmax(dim=1).topk(min(5, len(labels)))
-    for i, title in enumerate(titles):
-        (data, scale), (rollout, rollout_scale) = _quantise(maps[i].flatten(0, 1)), _quantise(rolled[i])
-        best = [[labels[k], round(p, 4)] for p, k in zip(top.values[i].tolist(), top.indices[i].tolist())]
-        entries.append(dict(title=title, src=_png(_pixels(images[i], preprocessing)), probs=best, read=read[i].tolist(),
-                            maps=data, scale=scale, rollout=rollout, rollout_scale=rollout_scale))
-    rows, cols = grid = _grid(images, c)
-    facts = dict(grid=grid, depth=c.depth, heads=c.n_heads, images=entries,
-                 prefix=['class token']*c.has_cls + [f'register {i + 1}' for i in range(c.n_registers)],
-                 output={'cls': None, 'mean': 'mean of patches', 'map': 'attention pool'}[c.pool],
-                 about=f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches '
-                       f'of {c.patch_size} x {c.patch_size} pixels.',
-                 colours=base64.b64encode(colormaps['viridis'](np.arange(256), bytes=True)[:, :3].tobytes()).decode())
-    page = _html(facts)
+    page = Page(fill_page('explorer.html', facts=_page_facts(model, images, titles, preprocessing, compress)))
     if path is not None: Path(path).write_text(page, encoding='utf-8')
     return page
