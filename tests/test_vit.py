@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from vit_nbdev.pretrained import our_names
 from vit_nbdev.vit import CONFIGS, RESIZE, ViT, ViTConfig, resize_positions, vit, vit_config
@@ -332,6 +333,65 @@ def test_presets_start_with_large_positions():
 
 # ---- what torch can do with it
 
+@pytest.mark.parametrize('stem', ['patch', 'conv'])
+def test_hooks_see_every_linear_layer_and_convolution(stem):
+    model, seen = vit('digits', stem=stem, pool='map'), []
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)): m.register_forward_hook(lambda *_, name=name: seen.append(name))
+    model(torch.randn(2, 1, 8, 8))
+    assert set(seen) == {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert {'patch_embed.proj', 'attn_pool.attn.qkv', 'head'} <= set(seen)
+
+@pytest.mark.parametrize('name', ['patch_embed.proj', 'attn_pool.attn.qkv', 'encoder.blocks.1.mlp.fc1'])
+def test_pruned_layers_train(name):
+    model = build('map').train()
+    layer = model.get_submodule(name)
+    prune.l1_unstructured(layer, 'weight', 0.5)
+    opt, x = torch.optim.SGD(model.parameters(), lr=0.1), images(model.config, 4)
+    mask, start = layer.weight_mask.bool(), layer.weight_orig.detach().clone()
+    for _ in range(2):
+        model(x).sin().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert mask.float().mean() == 0.5
+    assert torch.equal(layer.weight_orig[~mask], start[~mask]) and (layer.weight_orig[mask] != start[mask]).any()
+
+def test_a_module_in_place_of_the_pools_projection_is_called():
+    "As LoRA does it: another module computes what `qkv` computed, and more"
+    class Plus(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.more = layer, nn.Linear(layer.in_features, layer.out_features)
+        def forward(self, x): return self.layer(x) + self.more(x)
+    model = build('map')
+    x = images(model.config)
+    before = model(x)
+    plus = model.attn_pool.attn.qkv = Plus(model.attn_pool.attn.qkv)
+    assert (model(x) - before).abs().max() > 1e-3
+    nn.init.zeros_(plus.more.weight)
+    nn.init.zeros_(plus.more.bias)
+    close(model(x), before, 1e-6)
+    model(x).sin().sum().backward()
+    assert plus.more.weight.grad.abs().max() > 0
+
+def test_a_hook_changes_no_number():
+    model = build('map')
+    x = images(model.config)
+    before = model(x)
+    model.attn_pool.attn.qkv.register_forward_hook(lambda *_: None)
+    close(model(x), before, 1e-6)
+
+def test_the_patch_convolution_is_torchs():
+    model = build('plain').double()
+    ours, x = model.patch_embed.proj, images(model.config, 3, torch.float64).requires_grad_()
+    theirs = nn.Conv2d(3, 24, 8, stride=8).double()
+    theirs.load_state_dict(ours.state_dict())
+    a, b = ours(x), theirs(x)
+    assert a.shape == b.shape == (3, 24, 4, 4)
+    close(a, b, 1e-12)
+    for one, other in zip(torch.autograd.grad(a.sin().sum(), [x, *ours.parameters()]),
+                          torch.autograd.grad(b.sin().sum(), [x, *theirs.parameters()])): close(one, other, 1e-12)
+
 @every_option
 def test_exports(option):
     model = build(option)
@@ -447,10 +507,10 @@ def test_wrong_images(shape, dtype, error, message):
     (dict(img_size=4), 'img_size=4 is not divisible by patch_size=8: the nearest sizes that are: 8$'),
     (dict(img_size=(32, 32, 32)), 'img_size=.32, 32, 32. must be'),
     (dict(img_size='32'), "img_size='32' must be"),
-    (dict(patch_size=0), 'patch_size=0 must be a positive whole number'),
+    (dict(patch_size=0), 'patch_size=0 must be a positive integer'),
     (dict(in_chans=0), 'in_chans=0 must be'), (dict(n_classes=-1), 'n_classes=-1 must be'), (dict(depth=1.5), 'depth=1.5 must be'),
     (dict(depth=True), 'depth=True must be'), (dict(n_heads=5), 'dim=24 is not divisible by n_heads=5'), (dict(dim=-24), 'dim=-24 must be'),
-    (dict(n_registers=-1), 'n_registers=-1 must be a whole number, 0 or more'), (dict(mlp_ratio=0), 'mlp_ratio=0 must be a positive number'),
+    (dict(n_registers=-1), 'n_registers=-1 must be an integer, 0 or more'), (dict(mlp_ratio=0), 'mlp_ratio=0 must be a positive number'),
     (dict(mlp_ratio=float('nan')), 'mlp_ratio=nan must be'), (dict(pos_std=-1), 'pos_std=-1 must be'), (dict(norm_eps=0.), 'norm_eps=0.0 must be'),
     (dict(pool='max'), "pool='max' must be one of cls, mean, map"), (dict(positions='rope'), "positions='rope' must be one of learned"),
     (dict(stem='resnet'), "stem='resnet' must be"), (dict(act='silu'), "act='silu' must be"), (dict(pos_resize='nearest'), "pos_resize='nearest' must be"),

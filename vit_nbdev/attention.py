@@ -234,9 +234,12 @@ def _heads(self: MultiHeadAttention, x, parts):
     return [t.transpose(1, 2) for t in split.unbind(2)]
 
 @patch
-def _rows(self: MultiHeadAttention, rows):
-    "Those rows of `qkv`'s weight and bias"
-    return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
+def _project(self: MultiHeadAttention, x, rows):
+    "Those rows of `qkv` alone; where a hook listens to `qkv` or another module stands for it, it is called whole"
+    m = self.qkv
+    heard = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    if type(m) is not nn.Linear or heard: return m(x)[..., rows]
+    return F.linear(x, m.weight[rows], None if m.bias is None else m.bias[rows])
 
 @patch
 def queries_keys_values(self: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,13 +250,13 @@ def queries_keys_values(self: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Te
 @patch
 def queries(self: MultiHeadAttention, x: Tensor) -> Tensor:
     "The queries `(b h n head_dim)` of `x` `(b n dim)`"
-    q = self.q(x) if self.kv_dim != self.dim else F.linear(x, *self._rows(slice(None, self.dim)))
+    q = self.q(x) if self.kv_dim != self.dim else self._project(x, slice(None, self.dim))
     return self.q_norm(self._heads(q, 1)[0])
 
 @patch
 def keys_values(self: MultiHeadAttention, context: Tensor) -> tuple[Tensor, Tensor]:
     "The keys and values `(b h m head_dim)` of `context` `(b m kv_dim)`"
-    kv = self.kv(context) if self.kv_dim != self.dim else F.linear(context, *self._rows(slice(self.dim, None)))
+    kv = self.kv(context) if self.kv_dim != self.dim else self._project(context, slice(self.dim, None))
     k, v = self._heads(kv, 2)
     return self.k_norm(k), v
 
