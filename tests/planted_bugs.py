@@ -3,8 +3,8 @@
 `CATALOGUE` is a list of `Bug`. Most are a right model, `ViT` or `Decoder`, with one part replaced by a wrong one.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

@@ -33,4 +33,5 @@ def test_cifar10(fake_cifar):
 
 def test_damaged_cifar10(fake_cifar):
     (fake_cifar/'data_batch_3').write_bytes(b'cut off')
-    with pytest.raises(ValueError, match='does not hold CIFAR10 .*: delete the folder to fetch it again'): cifar10_dls(fake_cifar.parent)
+    with pytest.raises(ValueError, match='does not hold CIFAR10 .*: delete the folder to fetch it again'):
+        cifar10_dls(fake_cifar.parent)

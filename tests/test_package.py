@@ -28,7 +28,8 @@ print("from", vit_nbdev.__file__)
 '''
 
 def run(*args, cwd=ROOT, **env):
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -65,7 +66,8 @@ def test_wheel_is_complete(wheel):
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
     assert meta['Version'] == config['DEFAULT']['version'] and meta['License-Expression'] == 'Apache-2.0'
-    assert dict(scripts['console_scripts']) == {name: f'vit_nbdev.cli:{name}' for name in ('vit_train', 'vit_predict', 'vit_explain')}
+    commands = ('vit_train', 'vit_predict', 'vit_explain')
+    assert dict(scripts['console_scripts']) == {name: f'vit_nbdev.cli:{name}' for name in commands}
     needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(needed) == len(config['DEFAULT']['requirements'].split())
     assert not any(r.startswith(('nbdev', 'execnb', 'pytest')) for r in needed), needed
@@ -96,7 +98,8 @@ def test_wheel_works_without_nbdev(wheel, tmp_path):
 def test_newest_fastai_and_fastcore(wheel, tmp_path):
     "The development set has fastcore 1, which nbdev 2 needs; the library must run with the newest as well"
     newest = ['fastai', 'fastcore>=2', 'fasttransform', 'fastprogress', 'plum-dispatch<2.10']
-    got = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel, *newest], capture_output=True, text=True)
+    install = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site']
+    got = subprocess.run([*install, wheel, *newest], capture_output=True, text=True)
     if got.returncode: pytest.skip(f'the newest fastai can not be had here: {got.stderr.strip().splitlines()[-1]}')
     out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
     assert str(tmp_path/'site') in out and 'fastcore 2.' in out

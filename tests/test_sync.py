@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip('nbdev', reason='nbdev exports the notebooks', exc_type=ImportError)
+
 ROOT = Path(__file__).parent.parent
 ENV = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}   # nbdev_export does nothing while it is set
 
@@ -41,9 +43,11 @@ def test_readme():
 def test_run_notebooks_keeps_a_failing_notebook(tmp_path):
     "The tool that stores outputs: a good notebook gets them, one with an error is left as it was"
     from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
-    for name, source in dict(good='2*3', bad='1/0').items(): write_nb(new_nb([mk_cell('x = 1'), mk_cell(source)]), tmp_path/f'{name}.ipynb')
+    for name, source in dict(good='2*3', bad='1/0').items():
+        write_nb(new_nb([mk_cell('x = 1'), mk_cell(source)]), tmp_path/f'{name}.ipynb')
     before = (tmp_path/'bad.ipynb').read_bytes()
-    done = subprocess.run([sys.executable, ROOT/'tools'/'run_notebooks.py', tmp_path/'good.ipynb', tmp_path/'bad.ipynb'], capture_output=True, text=True)
+    command = [sys.executable, ROOT/'tools'/'run_notebooks.py', tmp_path/'good.ipynb', tmp_path/'bad.ipynb']
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and 'ZeroDivisionError' in done.stderr
     assert read_nb(tmp_path/'good.ipynb').cells[1].outputs[0]['data']['text/plain'] == ['6']
     assert (tmp_path/'bad.ipynb').read_bytes() == before

@@ -26,13 +26,14 @@ def render():
         if flags.get('output:', [''])[0].lower() == 'false': cell.outputs = []
         if flags.get('echo:', [''])[0].lower() == 'false': cell.source = ''
         if cell.cell_type == 'code':
-            for out in cell.outputs: out.get('data', {}).pop('text/html', None)   # GitHub shows the plain form as it stands
+            for out in cell.outputs: out.get('data', {}).pop('text/html', None)   # GitHub shows the plain form
         cells.append(cell)
     nb.cells = cells
     body, resources = MarkdownExporter().from_notebook_node(
         reads(nb2str(nb), as_version=4), resources={'output_files_dir': PICTURES, 'unique_key': 'readme'})
-    body = re.sub(r'```(python)?\n\n```\n', '', body)                                     # what `echo: false` leaves behind
-    body = re.sub(r'\]\(((?:images/|studies/)?[\w.-]+\.(?:ipynb|png))\)', r'](nbs/\1)', body)   # links are seen from the root here
+    body = re.sub(r'```(python)?\n\n```\n', '', body)        # what `echo: false` leaves behind
+    # links are seen from the root here
+    body = re.sub(r'\]\(((?:images/|studies/)?[\w.-]+\.(?:ipynb|png))\)', r'](nbs/\1)', body)
     body = re.sub(r' *\n!\[png\]\((.*?)\)\n *', r'\n![](\1)\n', body)
     while '\n\n\n' in body: body = body.replace('\n\n\n', '\n\n')
     return {'README.md': (HEAD + body.strip() + '\n').encode(), **resources['outputs']}

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 def settle(text):
-    "What a terminal shows in the end of `text`: of a line that a progress bar wrote over again and again, its last state"
+    "What a terminal shows in the end of `text`: the last state of a line that a progress bar wrote again and again"
     lines = [(line.split('\r')[-1].rstrip(), '\r' in line) for line in ''.join(text).rstrip('\n').split('\n')]
     return [line + '\n' for line, rewritten in lines if line or not rewritten]
 
@@ -27,7 +27,8 @@ def run(path, skip):
     skip = set(skip) | (set() if torch.cuda.is_available() else {'gpu'})
     nb = read_nb(path)
     shell = CaptureShell(path)
-    shell._run(f'import sys; sys.path.insert(0, {str(ROOT)!r})')   # this checkout's library, wherever another is installed
+    # this checkout's library, wherever another is installed
+    shell._run(f'import sys; sys.path.insert(0, {str(ROOT)!r})')
     os.chdir(path.parent)
     for i, cell in enumerate(nb.cells):
         if cell.cell_type != 'code': continue
@@ -53,11 +54,13 @@ def run(path, skip):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: all under nbs/')
-    parser.add_argument('--skip', metavar='FLAG', action='append', default=[], help='leave cells with this flag as they are, such as slow')
+    parser.add_argument('--skip', metavar='FLAG', action='append', default=[],
+                        help='leave cells with this flag as they are, such as slow')
     parser.add_argument('--one', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one: sys.exit(run(args.notebooks[0].resolve(), args.skip))
-    notebooks = args.notebooks or sorted(p for p in (ROOT/'nbs').rglob('[!_.]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    found = sorted(p for p in (ROOT/'nbs').rglob('[!_.]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    notebooks = args.notebooks or found
     failed = []
     for path in notebooks:
         start = time.time()
