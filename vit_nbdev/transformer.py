@@ -10,6 +10,7 @@ __all__ = ['ACTIVATIONS', 'sinusoidal_positions', 'sincos_2d', 'TokenEmbedding',
 from copy import deepcopy
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,23 +128,6 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # `(... dim)` -> `(... dim)`
         return x*self.gamma
 
-# %% ../nbs/01_transformer.ipynb #a13c7c25
-def _copy_parts(new, layer, parts):
-    "Put copies of torch `layer`'s parts into our block `new`: norms, attentions and the feed-forward network"
-    act = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}.get(layer.activation, layer.activation)
-    if not isinstance(act, (nn.ReLU, nn.GELU)):
-        raise ValueError(f"can't convert a layer with activation={layer.activation}: only relu and gelu are known")
-    for mine, theirs in parts.items():
-        part = getattr(layer, theirs)
-        if isinstance(part, nn.MultiheadAttention):
-            drop = getattr(new, mine).proj_drop
-            part = MultiHeadAttention.from_torch(part)
-            part.proj_drop = drop
-        else: part = deepcopy(part)
-        setattr(new, mine, part)
-    new.mlp.fc1, new.mlp.act, new.mlp.fc2 = deepcopy(layer.linear1), deepcopy(act), deepcopy(layer.linear2)
-    return new.train(layer.training)
-
 # %% ../nbs/01_transformer.ipynb #ed488cc2
 class EncoderBlock(nn.Module):
     "Attention between the tokens, then a network on each, both on a residual line (Vaswani 2017; pre-norm as in ViT)"
@@ -184,13 +168,6 @@ class EncoderBlock(nn.Module):
             x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, mask=mask))))
             x = self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
         return x
-
-    @classmethod
-    def from_torch(cls, layer: nn.TransformerEncoderLayer) -> 'EncoderBlock':
-        "The same function with a copy of `layer`'s weights; always batch first, whatever `layer` says"
-        new = cls(layer.self_attn.embed_dim, layer.self_attn.num_heads, norm_first=layer.norm_first,
-                  dropout=layer.dropout.p)
-        return _copy_parts(new, layer, dict(norm1='norm1', attn='self_attn', norm2='norm2'))
 
 # %% ../nbs/01_transformer.ipynb #dc5a74ff
 class Encoder(nn.Module):
@@ -255,27 +232,49 @@ class DecoderBlock(nn.Module):
             x = self.norm3(x + self.mlp(x))
         return x
 
-    def _look_back(self, x, mask, cache):
-        "Self-attention; with a cache only the new tokens get keys and values, and those of the old ones are at hand"
-        if cache is None: return self.attn(x, mask=mask)
-        k, v = self.attn.keys_values(x)
-        if 'attn' in cache: k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache['attn'], (k, v)))
-        cache['attn'] = k, v
-        return self.attn.mix(self.attn.queries(x), k, v, mask)
+# %% ../nbs/01_transformer.ipynb #e7a10c02
+@patch
+def _look_back(self: DecoderBlock, x, mask, cache):
+    "Self-attention; with a cache only the new tokens need keys and values, the earlier ones are kept in it"
+    if cache is None: return self.attn(x, mask=mask)
+    k, v = self.attn.keys_values(x)
+    if 'attn' in cache: k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache['attn'], (k, v)))
+    cache['attn'] = k, v
+    return self.attn.mix(self.attn.queries(x), k, v, mask)
 
-    def _look_up(self, x, memory, mask, cache):
-        "Cross-attention; with a cache the memory gets its keys and values once"
-        if cache is None: return self.cross(x, memory, mask=mask)
-        if 'cross' not in cache: cache['cross'] = self.cross.keys_values(memory)
-        return self.cross.mix(self.cross.queries(x), *cache['cross'], mask)
+@patch
+def _look_up(self: DecoderBlock, x, memory, mask, cache):
+    "Cross-attention; with a cache the keys and values of the memory are computed once"
+    if cache is None: return self.cross(x, memory, mask=mask)
+    if 'cross' not in cache: cache['cross'] = self.cross.keys_values(memory)
+    return self.cross.mix(self.cross.queries(x), *cache['cross'], mask)
 
-    @classmethod
-    def from_torch(cls, layer: nn.TransformerDecoderLayer) -> 'DecoderBlock':
-        "The same function with a copy of `layer`'s weights; always batch first, whatever `layer` says"
-        new = cls(layer.self_attn.embed_dim, layer.self_attn.num_heads, norm_first=layer.norm_first,
-                  dropout=layer.dropout.p)
-        return _copy_parts(new, layer, dict(norm1='norm1', attn='self_attn', norm2='norm2', cross='multihead_attn',
-                                            norm3='norm3'))
+# %% ../nbs/01_transformer.ipynb #a13c7c25
+def _copy_parts(new, layer, parts):
+    "Put copies of torch `layer`'s parts into our block `new`: norms, attentions and the feed-forward network"
+    act = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}.get(layer.activation, layer.activation)
+    if not isinstance(act, (nn.ReLU, nn.GELU)):
+        raise ValueError(f"can't convert a layer with activation={layer.activation}: only relu and gelu are known")
+    for mine, theirs in parts.items():
+        part = getattr(layer, theirs)
+        if isinstance(part, nn.MultiheadAttention):
+            drop = getattr(new, mine).proj_drop
+            part = MultiHeadAttention.from_torch(part)
+            part.proj_drop = drop
+        else: part = deepcopy(part)
+        setattr(new, mine, part)
+    new.mlp.fc1, new.mlp.act, new.mlp.fc2 = deepcopy(layer.linear1), deepcopy(act), deepcopy(layer.linear2)
+    return new.train(layer.training)
+
+# %% ../nbs/01_transformer.ipynb #e7a10c03
+@patch(cls_method=True)
+def from_torch(cls: EncoderBlock|DecoderBlock, layer: nn.TransformerEncoderLayer|nn.TransformerDecoderLayer):
+    "The same function with a copy of `layer`'s weights; always batch first, whatever `layer` says"
+    new = cls(layer.self_attn.embed_dim, layer.self_attn.num_heads, norm_first=layer.norm_first,
+              dropout=layer.dropout.p)
+    parts = dict(norm1='norm1', attn='self_attn', norm2='norm2')
+    if hasattr(layer, 'multihead_attn'): parts |= dict(cross='multihead_attn', norm3='norm3')
+    return _copy_parts(new, layer, parts)
 
 # %% ../nbs/01_transformer.ipynb #957f8e65
 class Decoder(nn.Module):
@@ -337,42 +336,53 @@ class Transformer(nn.Module):
             if n_src != n_tgt: raise ValueError(f"share=True needs one vocabulary, but n_src={n_src} and n_tgt={n_tgt}")
             self.src_embed.tokens.weight = self.head.weight = self.tgt_embed.tokens.weight
 
-    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:  # ids `(b m)` -> memory `(b m dim)`, its mask `(b 1 1 m)`
-        mask = (src != self.pad)[:, None, None]
-        if not torch.compiler.is_compiling() and not (seen := mask.any(dim=-1).flatten()).all():
-            raise ValueError(f"row {seen.long().argmin()} of src is nothing but padding (ids {self.pad}): leave it out")
-        return self.encoder(self.src_embed(src), mask), mask
-
-    def decode(self,
-        tgt: Tensor,                      # ids `(b n)`
-        memory: Tensor,                   # from `encode`
-        memory_mask: Tensor,              # from `encode`
-        caches: list[dict]|None = None,   # one per block, for tokens that follow those of earlier calls
-    ) -> Tensor:                          # logits of the token after each `(b n n_tgt)`
-        return self.head(self.decoder(self.tgt_embed(tgt, _n_cached(caches)), memory, memory_mask, caches))
-
     def forward(self,
         src: Tensor,  # ids of the source `(b m)`, padded at the end
         tgt: Tensor,  # ids of the target `(b n)`, `start` in front
     ) -> Tensor:      # logits of the token after each `(b n n_tgt)`
         return self.decode(tgt, *self.encode(src))
 
-    @torch.no_grad()
-    def generate(self,
-        src: Tensor,            # ids of the source `(b m)`, padded at the end
-        max_len: int,           # stop after so many tokens
-        use_cache: bool = True  # keep keys and values of the tokens so far? Faster, and the same tokens
-    ) -> Tensor:                # ids `(b n)`, `n <= max_len`: without `start`, up to `end`, then `pad`
-        "Take the likeliest token again and again, until every row has ended"
-        n = len(self.tgt_embed.positions)
-        if not 1 <= max_len <= n: raise ValueError(f"max_len={max_len} must lie between 1 and {n}, the longest target")
-        if self.training: raise RuntimeError("the model is in training mode, where it drops out: call eval() first")
-        memory, mask = self.encode(src)
-        tokens, ended = src.new_full((len(src), 1), self.start), torch.zeros_like(src[:, 0], dtype=torch.bool)
-        caches = [{} for _ in self.decoder.blocks] if use_cache else None
-        for _ in range(max_len):
-            logits = self.decode(tokens[:, -1:] if use_cache else tokens, memory, mask, caches)
-            new = logits[:, -1].argmax(dim=-1).masked_fill(ended, self.pad)
-            tokens, ended = torch.cat([tokens, new[:, None]], dim=1), ended | (new == self.end)
-            if ended.all(): break
-        return tokens[:, 1:]
+# %% ../nbs/01_transformer.ipynb #e7a10c04
+@patch
+def encode(self: Transformer,
+    src: Tensor,               # ids of the source `(b m)`, padded at the end
+) -> tuple[Tensor, Tensor]:    # the memory `(b m dim)` and its mask `(b 1 1 m)`
+    "Read the source"
+    mask = (src != self.pad)[:, None, None]
+    seen = mask.any(dim=-1).flatten()
+    if not torch.compiler.is_compiling() and not seen.all():
+        raise ValueError(f"row {seen.long().argmin()} of src is nothing but padding (ids {self.pad}): leave it out")
+    return self.encoder(self.src_embed(src), mask), mask
+
+@patch
+def decode(self: Transformer,
+    tgt: Tensor,                      # ids `(b n)`
+    memory: Tensor,                   # from `encode`
+    memory_mask: Tensor,              # from `encode`
+    caches: list[dict]|None = None,   # one per block, for tokens that follow those of earlier calls
+) -> Tensor:                          # logits of the token after each `(b n n_tgt)`
+    "Score the next token after each token of the target"
+    x = self.tgt_embed(tgt, start=_n_cached(caches))
+    return self.head(self.decoder(x, memory, memory_mask, caches))
+
+# %% ../nbs/01_transformer.ipynb #e7a10c05
+@patch
+@torch.no_grad()
+def generate(self: Transformer,
+    src: Tensor,            # ids of the source `(b m)`, padded at the end
+    max_len: int,           # stop after so many tokens
+    use_cache: bool = True  # keep keys and values of the tokens so far? Faster, and the same tokens
+) -> Tensor:                # ids `(b n)`, `n <= max_len`: without `start`, up to `end`, then `pad`
+    "Take the likeliest token again and again, until every row has ended"
+    n = len(self.tgt_embed.positions)
+    if not 1 <= max_len <= n: raise ValueError(f"max_len={max_len} must lie between 1 and {n}, the longest target")
+    if self.training: raise RuntimeError("the model is in training mode, where it drops out: call eval() first")
+    memory, mask = self.encode(src)
+    tokens, ended = src.new_full((len(src), 1), self.start), torch.zeros_like(src[:, 0], dtype=torch.bool)
+    caches = [{} for _ in self.decoder.blocks] if use_cache else None
+    for _ in range(max_len):
+        logits = self.decode(tokens[:, -1:] if use_cache else tokens, memory, mask, caches)
+        new = logits[:, -1].argmax(dim=-1).masked_fill(ended, self.pad)
+        tokens, ended = torch.cat([tokens, new[:, None]], dim=1), ended | (new == self.end)
+        if ended.all(): break
+    return tokens[:, 1:]
