@@ -1,4 +1,4 @@
-"""The Vision Transformer against timm's on copied weights, its options on random inputs, and the ways in which torch can take it"""
+"""The Vision Transformer against timm's on copied weights, its options on random inputs, and what torch does with it"""
 from copy import deepcopy
 from dataclasses import asdict
 
@@ -41,7 +41,8 @@ def fill(model, seed=0):
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
             if not p.is_floating_point() or (name == 'pos_embed' and not isinstance(p, nn.Parameter)): continue
             noise = torch.randn(p.shape, generator=g).to(p)
-            p.copy_(1 + 0.1*noise.abs() if 'running_var' in name else 0.5*p + noise*(0.5/max(p[:1].numel(), 1)**0.5 if p.dim() > 1 else 0.3))
+            scale = 0.5/max(p[:1].numel(), 1)**0.5 if p.dim() > 1 else 0.3
+            p.copy_(1 + 0.1*noise.abs() if 'running_var' in name else 0.5*p + scale*noise)
     return model.eval()
 
 def build(option, seed=0, **changes):
@@ -51,7 +52,8 @@ def build(option, seed=0, **changes):
 def images(config, b=2, dtype=torch.float32, seed=1):
     g = torch.Generator().manual_seed(seed)
     h, w = config.grid
-    return torch.randn(b, config.in_chans, h*config.patch_size, w*config.patch_size, generator=g, dtype=torch.float64).to(dtype)
+    shape = (b, config.in_chans, h*config.patch_size, w*config.patch_size)
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 def close(a, b, tol):
     "Equal within `tol` of the largest number, or of 1 if all are smaller"
@@ -72,14 +74,18 @@ PUBLISHED = {   # timm's name: our name and what differs from it
     'vit_base_patch32_224': ('B/32', {}),
     'deit3_small_patch16_224': ('S/16', dict(prefix_positions=False, layer_scale=1e-6)),
     'vit_small_patch14_dinov2': ('S/14', dict(img_size=518, layer_scale=1e-5, n_classes=0)),
-    'vit_small_patch14_reg4_dinov2': ('S/14', dict(img_size=518, layer_scale=1e-5, n_classes=0, n_registers=4, prefix_positions=False)),
+    'vit_small_patch14_reg4_dinov2': ('S/14', dict(img_size=518, layer_scale=1e-5, n_classes=0, n_registers=4,
+                                                   prefix_positions=False)),
     'vit_base_patch16_clip_224': ('B/16', dict(embed_norm=True, norm_eps=1e-5, patch_bias=False)),
-    'vit_base_patch16_clip_quickgelu_224': ('B/16', dict(embed_norm=True, norm_eps=1e-5, patch_bias=False, act='quick_gelu', n_classes=512)),
-    'vit_medium_patch16_gap_256': ('S/16', dict(img_size=256, dim=512, n_heads=8, layer_scale=1e-6, pool='mean', qkv_bias=False)),
+    'vit_base_patch16_clip_quickgelu_224': ('B/16', dict(embed_norm=True, norm_eps=1e-5, patch_bias=False,
+                                                         act='quick_gelu', n_classes=512)),
+    'vit_medium_patch16_gap_256': ('S/16', dict(img_size=256, dim=512, n_heads=8, layer_scale=1e-6, pool='mean',
+                                                qkv_bias=False)),
     'vit_base_patch16_siglip_224': ('B/16', dict(pool='map', n_classes=0)),
     'vit_base_patch16_siglip_gap_224': ('B/16', dict(pool='mean', n_classes=0)),
-    'vit_little_patch16_reg4_gap_256': ('S/16', dict(img_size=256, dim=320, n_heads=5, mlp_ratio=5.6, depth=14, layer_scale=1e-5,
-                                                     pool='mean', norm_after_pool=True, prefix_positions=False, n_registers=4)),
+    'vit_little_patch16_reg4_gap_256': ('S/16', dict(img_size=256, dim=320, n_heads=5, mlp_ratio=5.6, depth=14,
+                                                     layer_scale=1e-5, pool='mean', norm_after_pool=True,
+                                                     prefix_positions=False, n_registers=4)),
     'vit_small_patch16_224 at 96 x 160': ('S/16', dict(img_size=(96, 160))),
     'vit_tiny_patch16_224 with qk_norm': ('Ti/16', dict(qk_norm=True)),
     'vit_tiny_patch16_224 with gelu_tanh': ('Ti/16', dict(act='gelu_tanh')),
@@ -99,7 +105,8 @@ def pair(name, dtype, **kwargs):
 @pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_logits_are_timms(name, dtype, tol):
-    whole = name in ('vit_tiny_patch16_224', 'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_small_patch16_224 at 96 x 160')
+    whole = name in ('vit_tiny_patch16_224', 'vit_small_patch16_224', 'vit_base_patch16_224',
+                     'vit_small_patch16_224 at 96 x 160')
     mine, theirs = pair(name, dtype, **{} if whole else dict(depth=2))
     with torch.no_grad():
         x = images(mine.config, 1, dtype)
@@ -142,8 +149,10 @@ def test_call_at_another_resolution_is_timms():
 
 def test_numbers_of_parameters_are_timms():
     timm = pytest.importorskip('timm', reason='needs timm, with which the numbers are compared')
-    names = {'Ti/16': 'tiny_patch16', 'S/8': 'small_patch8', 'S/16': 'small_patch16', 'S/32': 'small_patch32', 'B/8': 'base_patch8', 'B/16': 'base_patch16',
-             'B/32': 'base_patch32', 'L/14': 'large_patch14', 'L/16': 'large_patch16', 'L/32': 'large_patch32', 'H/14': 'huge_patch14', 'g/14': 'giant_patch14'}
+    names = {'Ti/16': 'tiny_patch16', 'S/8': 'small_patch8', 'S/16': 'small_patch16', 'S/32': 'small_patch32',
+             'B/8': 'base_patch8', 'B/16': 'base_patch16', 'B/32': 'base_patch32',
+             'L/14': 'large_patch14', 'L/16': 'large_patch16', 'L/32': 'large_patch32',
+             'H/14': 'huge_patch14', 'g/14': 'giant_patch14'}
     with torch.device('meta'):
         for mine, theirs in names.items():
             a, b = vit(mine), timm.create_model(f'vit_{theirs}_224', num_classes=1000)
@@ -153,7 +162,8 @@ def test_numbers_of_parameters_are_timms():
 def test_resized_positions_are_timms(method):
     layers = pytest.importorskip('timm.layers', reason='needs timm, with which the results are compared')
     pos = torch.randn(1, 35, 6)
-    kw = dict(interpolation='bicubic') if method == 'bicubic_antialias' else dict(interpolation='bilinear', antialias=False)
+    bicubic, bilinear = dict(interpolation='bicubic'), dict(interpolation='bilinear', antialias=False)
+    kw = bicubic if method == 'bicubic_antialias' else bilinear
     theirs = layers.resample_abs_pos_embed(pos, (9, 4), (5, 7), num_prefix_tokens=0, **kw)
     assert torch.equal(resize_positions(pos, (5, 7), (9, 4), method), theirs)
 
@@ -184,7 +194,8 @@ def test_intermediates_are_forwards(option):
     x = images(model.config)
     out = model.intermediates(x)
     assert list(out) == ['embed', 'block0', 'block1', 'norm', 'pooled', 'logits']
-    for name, ref in dict(logits=model(x), norm=model.forward_features(x), embed=model.embed(x)).items(): assert torch.equal(out[name], ref)
+    for name, ref in dict(logits=model(x), norm=model.forward_features(x), embed=model.embed(x)).items():
+        assert torch.equal(out[name], ref)
     assert torch.equal(model.head(model.pool(out['norm'])), out['logits'])
 
 @every_option
@@ -243,11 +254,14 @@ def test_resized_positions(h, w, h2, w2, method):
     pos = torch.randn(1, h*w, 4)
     out = resize_positions(pos, (h, w), (h2, w2), method)
     assert out.shape == (1, h2*w2, 4) and out.isfinite().all()
-    close(resize_positions(torch.ones(1, h*w, 4), (h, w), (h2, w2), method), torch.ones(1, h2*w2, 4), 1e-5)    # a constant stays
-    close(resize_positions(pos, (h, w), (h, w), method), pos, 1e-5)                                            # equal size: nothing changes
+    # a constant stays
+    close(resize_positions(torch.ones(1, h*w, 4), (h, w), (h2, w2), method), torch.ones(1, h2*w2, 4), 1e-5)
+    # equal size: nothing changes
+    close(resize_positions(pos, (h, w), (h, w), method), pos, 1e-5)
     a, b = torch.randn(2, 1, h*w, 4, dtype=torch.float64)
     one, two, both = (resize_positions(p, (h, w), (h2, w2), method) for p in (a, b, a + b))
-    close(one + two, both, 1e-12)                                                                              # linear, in float64 too
+    # linear, in float64 too
+    close(one + two, both, 1e-12)
     if method.endswith('corners') and min(h, w, h2, w2) > 1:
         a, b = pos.view(h, w, 4), out.view(h2, w2, 4)
         for i in (0, -1):
@@ -286,7 +300,8 @@ def test_registers_start_apart():
         torch.testing.assert_close(x.std().item(), 0.02, rtol=0.3, atol=0)
 
 def test_conv_stem_is_off_unless_asked_for():
-    with pytest.raises(ValueError, match="patch_size=7 must be a power of two for stem='conv'"): vit('mnist', stem='conv')
+    with pytest.raises(ValueError, match="patch_size=7 must be a power of two for stem='conv'"):
+        vit('mnist', stem='conv')
     a, b = vit('cifar'), vit('cifar', stem='conv')
     assert a.embed(torch.zeros(2, 3, 32, 32)).shape == b.embed(torch.zeros(2, 3, 32, 32)).shape
     assert not [m for m in a.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -300,8 +315,10 @@ def test_conv_stem_takes_any_size():
         assert model(torch.zeros(2, 1, h, w)).isfinite().all()
     assert model.set_resolution((20, 28)).config.grid == (3, 4)
     for positions in ('sincos2d', 'none'):
-        assert vit('mnist', stem='conv', patch_size=8, positions=positions).forward_features(torch.zeros(1, 1, 28, 28)).shape == (1, 16, 64)
-    with pytest.raises(ValueError, match='image height=28 is not divisible by patch_size=8'): vit('mnist', img_size=32, patch_size=8)(torch.zeros(1, 1, 28, 28))
+        model = vit('mnist', stem='conv', patch_size=8, positions=positions)
+        assert model.forward_features(torch.zeros(1, 1, 28, 28)).shape == (1, 16, 64)
+    with pytest.raises(ValueError, match='image height=28 is not divisible by patch_size=8'):
+        vit('mnist', img_size=32, patch_size=8)(torch.zeros(1, 1, 28, 28))
 
 def test_drops_are_identities_when_off_and_random_when_on():
     assert not [m for m in build('plain').modules() if isinstance(m, nn.Dropout) or type(m).__name__ == 'DropPath']
@@ -329,7 +346,8 @@ def test_initialisation_is_the_papers():
 
 def test_presets_start_with_large_positions():
     torch.manual_seed(0)
-    assert abs(vit('mnist').pos_embed.std() - 1) < 0.1 and abs(vit('mnist', pos_std=0.02).pos_embed.std() - 0.02) < 0.002
+    assert abs(vit('mnist').pos_embed.std() - 1) < 0.1
+    assert abs(vit('mnist', pos_std=0.02).pos_embed.std() - 0.02) < 0.002
 
 # ---- what torch can do with it
 
@@ -422,13 +440,15 @@ def test_compiles_with_the_default_backend():
     torch._dynamo.reset()
     try: out = torch.compile(model, fullgraph=True)(x)
     except Exception as e:
-        if 'compiler' in str(e).lower() or 'Python.h' in str(e): pytest.skip(f'needs a C++ compiler: {str(e).splitlines()[0][:120]}')
+        if 'compiler' in str(e).lower() or 'Python.h' in str(e):
+            pytest.skip(f'needs a C++ compiler: {str(e).splitlines()[0][:120]}')
         raise
     close(out, model(x), 1e-5)
 
 @pytest.mark.parametrize('option', ['plain', 'map', 'sincos2d', 'norms', 'conv stem'])
 def test_onnx_gives_the_same_logits(option, tmp_path):
-    for name in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(name, reason=f'needs {name}, to write and run ONNX')
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name, reason=f'needs {name}, to write and run ONNX')
     import onnxruntime
     model = build(option)
     x = images(model.config)
@@ -466,7 +486,8 @@ def test_gradients_of_each_sample(option):
             if p.numel(): close(grads[k][i], p.grad, 1e-10)
 
 def test_finite_differences():
-    model = ViT(ViTConfig(img_size=4, patch_size=2, in_chans=1, n_classes=2, dim=4, depth=1, n_heads=2, pool='map', n_registers=1, qk_norm=True)).double()
+    model = ViT(ViTConfig(img_size=4, patch_size=2, in_chans=1, n_classes=2, dim=4, depth=1, n_heads=2, pool='map',
+                          n_registers=1, qk_norm=True)).double()
     fill(model)
     x = torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model, (x,))
@@ -494,7 +515,8 @@ def test_it_learns():
     ((1, 1, 32, 32), torch.float32, ValueError, 'expected .b, 3, h, w.: this model has in_chans=3'),
     ((1, 32, 32, 3), torch.float32, ValueError, r'x.permute\(0, 3, 1, 2\)'),
     ((1, 3, 32, 32), torch.uint8, TypeError, r'x.float\(\)/255'),
-    ((1, 3, 30, 32), torch.float32, ValueError, 'image height=30 .* patch_size=8: the nearest sizes that are: 24 and 32'),
+    ((1, 3, 30, 32), torch.float32, ValueError,
+     'image height=30 .* patch_size=8: the nearest sizes that are: 24 and 32'),
     ((1, 3, 32, 35), torch.float32, ValueError, 'image width=35 .*: the nearest sizes that are: 32 and 40'),
     ((1, 3, 5, 32), torch.float32, ValueError, 'image height=5 .*: the nearest sizes that are: 8$'),
 ])
@@ -508,15 +530,23 @@ def test_wrong_images(shape, dtype, error, message):
     (dict(img_size=(32, 32, 32)), 'img_size=.32, 32, 32. must be'),
     (dict(img_size='32'), "img_size='32' must be"),
     (dict(patch_size=0), 'patch_size=0 must be a positive integer'),
-    (dict(in_chans=0), 'in_chans=0 must be'), (dict(n_classes=-1), 'n_classes=-1 must be'), (dict(depth=1.5), 'depth=1.5 must be'),
-    (dict(depth=True), 'depth=True must be'), (dict(n_heads=5), 'dim=24 is not divisible by n_heads=5'), (dict(dim=-24), 'dim=-24 must be'),
-    (dict(n_registers=-1), 'n_registers=-1 must be an integer, 0 or more'), (dict(mlp_ratio=0), 'mlp_ratio=0 must be a positive number'),
-    (dict(mlp_ratio=float('nan')), 'mlp_ratio=nan must be'), (dict(pos_std=-1), 'pos_std=-1 must be'), (dict(norm_eps=0.), 'norm_eps=0.0 must be'),
-    (dict(pool='max'), "pool='max' must be one of cls, mean, map"), (dict(positions='rope'), "positions='rope' must be one of learned"),
-    (dict(stem='resnet'), "stem='resnet' must be"), (dict(act='silu'), "act='silu' must be"), (dict(pos_resize='nearest'), "pos_resize='nearest' must be"),
-    (dict(dropout=1.), r'dropout=1.0 must be a number in \[0, 1\)'), (dict(drop_path=-0.1), 'drop_path=-0.1 must be'), (dict(dropout=None), 'dropout=None must be'),
-    (dict(layer_scale='1e-5'), "layer_scale='1e-5' must be a number or None"), (dict(qk_norm=1), 'qk_norm=1 must be True or False'),
-    (dict(cls_token=0), 'cls_token=0 must be'), (dict(cls_token=False), "pool='cls' reads the class token, but cls_token=False"),
+    (dict(in_chans=0), 'in_chans=0 must be'), (dict(n_classes=-1), 'n_classes=-1 must be'),
+    (dict(depth=1.5), 'depth=1.5 must be'), (dict(depth=True), 'depth=True must be'),
+    (dict(n_heads=5), 'dim=24 is not divisible by n_heads=5'), (dict(dim=-24), 'dim=-24 must be'),
+    (dict(n_registers=-1), 'n_registers=-1 must be an integer, 0 or more'),
+    (dict(mlp_ratio=0), 'mlp_ratio=0 must be a positive number'),
+    (dict(mlp_ratio=float('nan')), 'mlp_ratio=nan must be'), (dict(pos_std=-1), 'pos_std=-1 must be'),
+    (dict(norm_eps=0.), 'norm_eps=0.0 must be'),
+    (dict(pool='max'), "pool='max' must be one of cls, mean, map"),
+    (dict(positions='rope'), "positions='rope' must be one of learned"),
+    (dict(stem='resnet'), "stem='resnet' must be"), (dict(act='silu'), "act='silu' must be"),
+    (dict(pos_resize='nearest'), "pos_resize='nearest' must be"),
+    (dict(dropout=1.), r'dropout=1.0 must be a number in \[0, 1\)'), (dict(drop_path=-0.1), 'drop_path=-0.1 must be'),
+    (dict(dropout=None), 'dropout=None must be'),
+    (dict(layer_scale='1e-5'), "layer_scale='1e-5' must be a number or None"),
+    (dict(qk_norm=1), 'qk_norm=1 must be True or False'),
+    (dict(cls_token=0), 'cls_token=0 must be'),
+    (dict(cls_token=False), "pool='cls' reads the class token, but cls_token=False"),
     (dict(dim=30, positions='sincos2d'), "dim=30 must be divisible by 4 for positions='sincos2d'"),
 ])
 def test_wrong_configurations(changes, message):
@@ -524,7 +554,8 @@ def test_wrong_configurations(changes, message):
 
 def test_wrong_names():
     with pytest.raises(ValueError, match="there is no model called 'S16'; the nearest names: S/16"): vit('S16')
-    with pytest.raises(TypeError, match='no field n_class, widht; its fields: img_size, patch_size'): vit('S/16', widht=3, n_class=2)
+    with pytest.raises(TypeError, match='no field n_class, widht; its fields: img_size, patch_size'):
+        vit('S/16', widht=3, n_class=2)
     with pytest.raises(TypeError, match='no field foo'): ViTConfig.from_json('{"foo": 1}')
     with pytest.raises(ValueError, match='img_size=101 is not divisible'): vit('digits').set_resolution(101)
 
