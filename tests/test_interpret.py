@@ -14,6 +14,7 @@ from vit_nbdev import interpret
 from vit_nbdev.interpret import (METHODS, area, attention_distance, attention_entropy, attention_maps,
                                  attention_rollout, deletion_insertion, embedding_map, explore, fill_page, head_similarity, heat_map, plot_attention_distance, plot_patch_filters,
                                  plot_position_similarity, randomization_check, rank_correlation, relevance, show_attention, show_heads)
+from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.vit import vit
 
 KINDS = {
@@ -45,6 +46,11 @@ def make(seed=0, **changes):
 def images(model, n=3, seed=1):
     c = model.config
     return torch.randn(n, c.in_chans, *c._sides, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
+
+def prep_of(x, labels, mean=0., std=1.):
+    "How the images `x` were prepared"
+    c = x.shape[1]
+    return Preprocessing(tuple(x.shape[2:]), (mean,)*c, (std,)*c, in_chans=c, labels=tuple(labels))
 
 @pytest.fixture(params=KINDS, ids=lambda k: k.replace(' ', '_'))
 def model(request): return make(**KINDS[request.param])
@@ -308,19 +314,45 @@ def test_clipped_finds_clipped_text():
 def test_show_attention_says_what_it_shows():
     model = make(pool='cls')
     x = images(model)
-    prep = dict(mean=[0.5], std=[0.25], labels=list('abcdefghij'))
+    prep = prep_of(x, 'abcdefghij', mean=0.5, std=0.25)
     p = model(x).softmax(1)[0]
     fig = show_attention(model, x[0], preprocessing=prep)
     assert fig.axes[0].get_title() == f'{"abcdefghij"[p.argmax()]}: {p.max():.1%}'
     np.testing.assert_allclose(fig.axes[0].images[0].get_array(), (x[0, 0]*0.25 + 0.5).clamp(0, 1), atol=1e-6)
-    for ax, method in zip(fig.axes[1:], METHODS): np.testing.assert_allclose(ax.images[1].get_array(), heat_map(model, x[:1], method)[0], atol=1e-6)
+    for ax, method in zip(fig.axes[1:], METHODS): np.testing.assert_allclose(ax.images[0].get_array(), heat_map(model, x[:1], method)[0], atol=1e-6)
     assert show_attention(model, x[0], 'relevance', target=4).axes[0].get_title().startswith('4: ')
+
+def test_colours_are_those_of_the_bar():
+    "What is seen of a map is the colour that the bar gives its number: nothing shines through"
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    model = make(pool='cls', img_size=(32, 32), patch_size=8)
+    image = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0))
+    image[:, 8:24] = 0                                                          # no outline runs through the middle
+    fig = show_attention(model, image, 'attention', size=4)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    ax, bar = fig.axes[1:]
+    seen, heat = np.asarray(canvas.buffer_rgba()), heat_map(model, image[None], 'attention')[0]
+    for row, col in ((1, 0), (2, 3)):
+        x, y = ax.transData.transform((8*col + 4, 8*row + 4)).astype(int)
+        expected = colormaps['inferno'](heat[row, col].item()/bar.get_ylim()[1], bytes=True)
+        assert np.abs(seen[seen.shape[0] - 1 - y, x].astype(int) - expected).max() <= 3
+
+def test_preprocessing_as_dict_and_as_object():
+    "The dict in a run's config.json is understood; one that lacks a field says which"
+    model = make(pool='cls')
+    x = images(model)
+    prep = prep_of(x, 'abcdefghij', mean=0.5, std=0.25)
+    as_read = json.loads(json.dumps(prep.to_dict()))
+    assert explore(model, x, None, prep) == explore(model, x, None, as_read)
+    with pytest.raises(ValueError, match='preprocessing lacks img_size'): show_attention(model, x[0], preprocessing=dict(mean=[0.], std=[1.]))
 
 def test_show_heads_of_a_patch():
     model = make(pool='cls', n_registers=1, img_size=(8, 12))
     x = images(model)
     fig, w = show_heads(model, x[0], query=(1, 3)), attention_maps(model, x[:1])[0]
-    for i, ax in enumerate(fig.axes[:6]): np.testing.assert_allclose(ax.images[1].get_array(), w[i//2, i % 2, 2 + 1*6 + 3, 2:].view(4, 6), atol=1e-6)
+    for i, ax in enumerate(fig.axes[:6]): np.testing.assert_allclose(ax.images[0].get_array(), w[i//2, i % 2, 2 + 1*6 + 3, 2:].view(4, 6), atol=1e-6)
 
 def test_attention_distance_figure_has_the_values():
     model = make(pool='cls')
@@ -334,7 +366,7 @@ def test_embedding_map_marks_the_mistakes():
     x = images(model, 30)
     y = model(x).argmax(1)
     y[:4] = (y[:4] + 1) % 10
-    ax = embedding_map(model, x, y, dict(mean=[0.], std=[1.], labels=list('abcdefghij'))).axes[0]
+    ax = embedding_map(model, x, y, prep_of(x, 'abcdefghij')).axes[0]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['mistakes: 4 of 30'] and len(ax.collections[-1].get_offsets()) == 4
     assert {t.get_text() for t in ax.texts} == {'abcdefghij'[i] for i in y.unique()}
 
@@ -423,7 +455,8 @@ def test_page_in_jupyter():
 def test_hostile_names():
     "Titles and labels can't end the data or become tags"
     model, evil = make(pool='cls'), '</script><img src=x onerror=alert(1)>'
-    page = explore(model, images(model), None, dict(mean=[0.], std=[1.], labels=[evil]*10), titles=[evil]*3)
+    x = images(model)
+    page = explore(model, x, None, prep_of(x, [evil]*10), titles=[evil]*3)
     assert evil not in page and data_of(page)['images'][0]['title'] == evil and data_of(page)['images'][0]['probs'][0][0] == evil
 
 def test_a_page_of_a_photograph_is_small():
@@ -483,7 +516,7 @@ def open_page(browser, tmp_path):
         contexts.append(context)
         tab = context.new_page()
         labels = [f'class {i}' for i in range(model.config.n_classes)]
-        explore(model, x, tmp_path/'page.html', dict(mean=[0.]*x.shape[1], std=[1.]*x.shape[1], labels=labels), compress=compress)
+        explore(model, x, tmp_path/'page.html', prep_of(x, labels), compress=compress)
         tab.on('pageerror', lambda e: troubles.append(str(e)))
         tab.on('console', lambda m: 'willReadFrequently' in m.text or troubles.append(m.text))     # advice for a test that reads pixels
         tab.on('request', lambda r: r.url.startswith(('file:', 'data:')) or troubles.append(r.url))
