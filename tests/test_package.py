@@ -93,7 +93,7 @@ def test_wheel_works_without_nbdev(wheel, tmp_path):
     run('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
     (tmp_path/'site'/'nbdev.py').write_text('raise ImportError("nbdev must not be needed")')
     out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
-    assert str(tmp_path/'site') in out and 'fastcore 1.' in out
+    assert str(tmp_path/'site') in out
 
 def test_newest_fastai_and_fastcore(wheel, tmp_path):
     "The development set has fastcore 1, which nbdev 2 needs; the library must run with the newest as well"
