@@ -1,6 +1,9 @@
 "Diagnose: planted bugs are found where they are, right models raise no alarm, nothing is left behind"
-import subprocess, sys
+import random
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -134,7 +137,7 @@ def test_dicts_tuples_and_output():
     first = diagnose(Wrapped(), given['x'], output=lambda out: out['loss'][None], show=False)
     assert 'batch' in [f.check for f in first]     # a mean over the batch is what was asked to be looked at
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype):
     given = bugs.images()
     given['x'] = given['x'].to(dtype)
@@ -155,6 +158,7 @@ def test_two_images_are_enough():
 
 @pytest.mark.parametrize('kwargs, error, words', [
     (dict(x=torch.rand(1, 1, 16, 16)), ValueError, 'batch of 1; at least 2'),
+    (dict(x=torch.rand(0, 1, 16, 16)), ValueError, 'batch of 0; at least 2'),
     (dict(x='an image'), TypeError, 'str without a tensor'),
     (dict(x=torch.rand(4, 1, 16, 16), y=torch.zeros(3).long()), ValueError, 'y has 3 entries; expected 4'),
     (dict(x=torch.rand(4, 1, 16, 16), causal=True), ValueError, 'need tokens'),
@@ -170,16 +174,126 @@ def test_masks_are_checked():
     with pytest.raises(ValueError, match='n = 9'): diagnose(bugs.Decoder(), ids, mask=everything[:4, :7])
     assert diagnose(bugs.Decoder(), ids, mask=everything.tril(), show=False)
 
-def test_nan_in_the_input_is_not_blamed_on_the_model():
-    x = bugs.images()['x']
-    x[0, 0, 0, 0] = torch.nan
-    report = diagnose(bugs.ViT(), x, show=False)
-    assert [(f.check, f.detail) for f in report] == [('finite', 'of the input is NaN')]
-
 def test_skip_and_report(capsys):
     report = diagnose(bugs.ViT(attn=bugs.NotScaled), **bugs.images(), skip=['attention'])
     assert report and 'attention' not in report.checks and len(report.checks) == len(CHECKS) - 1
     assert capsys.readouterr().out.startswith('healthy: 0 findings')
+
+# ---- whatever surrounds the call, and models of unusual make ----
+
+@pytest.mark.parametrize('switch', [torch.no_grad, torch.inference_mode, lambda: torch.autocast('cpu', torch.bfloat16)],
+                         ids=['no_grad', 'inference_mode', 'autocast'])
+def test_switches_of_the_caller_change_nothing(switch):
+    given = bugs.images()
+    torch.manual_seed(0)
+    plain = diagnose(bugs.ViT(attn=bugs.TorchAttention), **given, show=False)
+    torch.manual_seed(0)
+    model = bugs.ViT(attn=bugs.TorchAttention)
+    with switch():
+        assert worse_than_notes(diagnose(bugs.ViT(), **given, show=False)) == []      # built inside, too
+        assert list(diagnose(model, **given, show=False)) == list(plain)
+        detached = diagnose(bugs.ViT(attn=bugs.DetachedQK), **bugs.images(), show=False)   # input made inside
+    assert ('gradient', 'blocks.0.attn') in [f[:2] for f in worse_than_notes(detached)]
+
+def test_a_tensor_kept_from_inference_mode_is_named_as_the_reason():
+    class Gated(bugs.ViT):
+        def __init__(self):
+            super().__init__()
+            with torch.inference_mode(): self.gate = torch.ones(bugs.DIM)
+        def forward(self, x): return self.head(self.gate * self.pool(self.norm(self.blocks(self.embed(x)))))
+    found = worse_than_notes(diagnose(Gated(), **bugs.images(), show=False))
+    assert 'gradient' in [f[0] for f in found] and all('made in inference mode' in f[2] for f in found)
+
+class Drawing(nn.Module):
+    "Noise from all sources, in training mode only, or always"
+    def __init__(self, always=False):
+        super().__init__()
+        self.vit, self.always = bugs.ViT(), always
+        self.own = torch.Generator().manual_seed(3), random.Random(3), np.random.default_rng(3)
+        self.torch_own, self.python_own, self.numpy_own = self.own
+    def forward(self, x):
+        out = self.vit(x)
+        if not (self.training or self.always): return out
+        drawn = (random.random() + np.random.rand() + torch.rand(1) + torch.rand(1, generator=self.torch_own)
+                 + self.python_own.random() + self.numpy_own.random())
+        return out * (1 + .1*drawn)
+
+def generator_states(model):
+    return (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(),
+            model.torch_own.get_state().tolist(), model.python_own.getstate(), model.numpy_own.bit_generator.state)
+
+def test_random_numbers_of_python_numpy_and_own_generators():
+    model = Drawing(always=True)
+    before = generator_states(model)
+    found = worse_than_notes(diagnose(model, **bugs.images(), show=False))
+    assert generator_states(model) == before
+    assert [f[:2] for f in found] == [('repeat', '')]     # and nothing else: two runs of one seed draw alike
+    model = Drawing()
+    before = generator_states(model)
+    assert worse_than_notes(diagnose(model, **bugs.images(), show=False)) == []
+    assert generator_states(model) == before
+
+def test_attributes_that_a_forward_pass_sets_are_set_back():
+    class Counting(bugs.ViT):
+        calls, last = 0, None
+        def forward(self, x):
+            self.calls += 1
+            self.last = super().forward(x)
+            return self.last
+    model = Counting()
+    before = dict(vars(model))
+    assert diagnose(model, **bugs.images(), show=False)
+    assert vars(model) == before and model.calls == 0 and model.last is None
+
+def test_tied_weights():
+    class Tied(bugs.Decoder):
+        "Embedding and head share one matrix, and so do two layers inside the blocks"
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            self.embed.weight = self.head.weight
+            self.blocks[1].mlp.fc1.weight = self.blocks[0].mlp.fc1.weight
+            self.blocks[0].attn.proj.weight = self.blocks[1].attn.proj.weight
+    class TiedInside(bugs.Attention):
+        "Two names for one matrix in one module: what the gradient check has to run by itself"
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            self.out = nn.Linear(bugs.DIM, bugs.DIM)
+            self.out.weight = self.proj.weight
+        def forward(self, x): return self.out(super().forward(x.detach() if self.cut else x))
+    assert worse_than_notes(diagnose(Tied(), **bugs.causal_ids(), show=False)) == []
+    for cut in (False, True):
+        TiedInside.cut = cut
+        found = [f[:2] for f in worse_than_notes(diagnose(bugs.ViT(attn=TiedInside), **bugs.images(), show=False))]
+        assert (('gradient', 'blocks.0.attn') in found) if cut else found == []
+
+def test_a_buffer_that_two_modules_share():
+    model = bugs.ViT(attn=lambda: nn.Sequential(bugs.Positions(), bugs.Attention()))
+    model.blocks[1].attn[0].pe = model.blocks[0].attn[0].pe
+    assert worse_than_notes(diagnose(model, **bugs.images(), show=False)) == []
+    model.blocks[0].attn[1] = bugs.DetachedQK()
+    found = [f[:2] for f in worse_than_notes(diagnose(model, **bugs.images(), show=False))]
+    assert found == [('gradient', 'blocks.0.attn.1')]
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile], ids=['DataParallel', 'compile'])
+def test_wrappers(wrap):
+    assert diagnose(wrap(bugs.ViT()), **bugs.images(), show=False)
+    found = worse_than_notes(diagnose(wrap(bugs.ViT(attn=bugs.TorchAttention)), **bugs.images(), show=False))
+    assert found[0][:2] == ('batch', 'blocks.0.attn')
+
+def test_a_frozen_model_is_healthy_and_said_to_be_frozen():
+    report = diagnose(bugs.ViT().requires_grad_(False), **bugs.images(), show=False)
+    assert report and [(f.check, f.detail) for f in report] == [('parameters', 'parameters are trained: all are frozen')]
+    report = diagnose(bugs.ViT(attn=bugs.TorchAttention).requires_grad_(False), **bugs.images(), show=False)
+    assert (report.findings[0].check, report.findings[0].module) == ('batch', 'blocks.0.attn')
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_nan_and_inf_in_the_input_are_not_blamed_on_the_model(value):
+    x = bugs.images()['x']
+    x[0, 0, 0, 0] = value
+    report = diagnose(bugs.ViT(), x, show=False)
+    assert [(f.check, f.module, f.detail) for f in report] == [('finite', '', 'of the input is NaN or Inf')]
+    assert abs(report.findings[0].evidence - 1/(3*256)) < 1e-6     # one pixel of the three images that are used
+    assert not diagnose(bugs.ViT(), torch.full_like(x, value), show=False)
 
 # ---- fastai, and without it ----
 

@@ -10,7 +10,7 @@ __all__ = ['LEVELS', 'CHECKS', 'Finding', 'Report', 'tensors', 'map_tensors', 'f
            'Calm', 'check_modes', 'check_loss', 'check_overfit', 'diagnose', 'NotHealthy', 'diagnose_callback']
 
 # %% ../nbs/07_diagnose.ipynb #83579a9b
-import math, warnings
+import math, random, sys, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -90,6 +90,39 @@ def first_output(
                                    'pass output=, a function that picks the tensor to look at')
     return floats[0]
 
+# %% ../nbs/07_diagnose.ipynb #e5a0da87
+def _generators(model):
+    "(read the state, set the state, seed) of each random number generator that a model may draw from"
+    found = [(random.getstate, random.setstate, random.seed),
+             (torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed)]
+    if 'numpy' in sys.modules:
+        numpy = sys.modules['numpy'].random
+        found.append((numpy.get_state, numpy.set_state, numpy.seed))
+    if torch.cuda.is_initialized():
+        found.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, torch.cuda.manual_seed_all))
+    for own in (value for m in model.modules() for value in vars(m).values()):
+        if isinstance(own, torch.Generator): found.append((own.get_state, own.set_state, own.manual_seed))
+        if isinstance(own, random.Random): found.append((own.getstate, own.setstate, own.seed))
+        if hasattr(own, 'bit_generator'): found.append(_of_numpy(own.bit_generator))
+    return found
+
+def _of_numpy(bits):
+    "(read the state, set the state, seed) of a numpy generator's bit generator"
+    def put(state): bits.state = state
+    def seed(number): bits.state = type(bits)(number).state
+    return lambda: bits.state, put, seed
+
+@contextmanager
+def _seeded(model, seed):
+    "Inside, all random number generators start from `seed`; afterwards they are where they were"
+    found = _generators(model)
+    states = [read() for read, _, _ in found]
+    try:
+        for _, _, start in found: start(seed)
+        yield
+    finally:
+        for (_, put, _), state in zip(found, states): put(state)
+
 # %% ../nbs/07_diagnose.ipynb #c2fb12de
 @contextmanager
 def undisturbed(
@@ -98,14 +131,12 @@ def undisturbed(
     still=(),    # classes of modules that stay in eval mode all the same
     seed=0       # of the random numbers inside
 ):
-    "Inside, mode and random numbers are as asked for; afterwards everything is as it was"
+    "Inside, modes, random numbers and gradients are as asked for; afterwards everything is as it was"
     modes = [(m, m.training) for m in model.modules()]
-    gpus = sorted({t.get_device() for t in [*model.parameters(), *model.buffers()] if t.is_cuda})
     fast = torch.backends.mha.get_fastpath_enabled()   # torch's fused encoder layer would bypass the hooks
     try:
-        with torch.random.fork_rng(devices=gpus), torch.enable_grad(), \
+        with _seeded(model, seed), torch.inference_mode(False), torch.enable_grad(), \
              torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
-            torch.manual_seed(seed)
             torch.backends.mha.set_fastpath_enabled(False)
             model.train(train)
             for m, _ in modes: m.training = m.training and not isinstance(m, still)
@@ -113,6 +144,16 @@ def undisturbed(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, mode in modes: m.training = mode
+
+@contextmanager
+def _attributes_kept(model):
+    "Afterwards each module has the attributes that it had"
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    try: yield
+    finally:
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)
 
 # %% ../nbs/07_diagnose.ipynb #226c1a38
 @contextmanager
@@ -195,10 +236,10 @@ def _name_of(call): return call.name if call else ''
 # %% ../nbs/07_diagnose.ipynb #66f7e63e
 def is_content(
     t # an input tensor
-) -> bool: # False for masks: booleans, zeros and ones, floats with an infinity in them
+) -> bool: # False for masks: booleans, zeros and ones, floats with -Inf in them
     "Does this input say what is there (pixels, tokens), rather than where it is?"
     if t.ndim == 0 or t.is_complex() or t.dtype == torch.bool or not t.numel(): return False
-    if t.is_floating_point(): return not t.isinf().any()
+    if t.is_floating_point(): return not (t == -torch.inf).any()
     return bool((t > 1).any() or (t < 0).any())
 
 def _noise(t): return torch.randn(t.shape, generator=torch.Generator().manual_seed(170603762)).to(t)
@@ -232,6 +273,11 @@ def _few(x, y=None):
 def _cross_entropy(out, y):
     "Cross-entropy of logits (b c), or (b n c), and integer targets (b) or (b n)"
     return F.cross_entropy(out.flatten(0, -2), y.flatten()) if y.shape == out.shape[:-1] else F.cross_entropy(out, y)
+
+def _unwrapped(model):
+    "The model inside the wrappers for several devices and of `torch.compile`, none of which changes what it computes"
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return _unwrapped(model.module)
+    return _unwrapped(model._orig_mod) if hasattr(model, '_orig_mod') else model
 
 def _as_arguments(x):
     "(args, kwargs) for a call of the model with x"
@@ -305,6 +351,7 @@ class Probe(_Runner):
         output=None     # model output -> the tensor to look at; default: `first_output`
     ):
         rows, size = _few(x, y)
+        model = _unwrapped(model)
         take = lambda t: t.detach().as_subclass(Tensor)[rows] if t.ndim and len(t) == size else t.detach()
         self.model, self.size, self.output = model, len(rows), output or first_output
         self.x, self.y = map_tensors(take, _as_arguments(x)), None if y is None else take(y)
@@ -330,14 +377,14 @@ def check_finite(
         if not t.is_floating_point() or t.sum().isfinite(): return False
         return bool((t.isnan() | (t == torch.inf)).any())
     def share(ts): return (~torch.cat([t.flatten().float() for t in ts]).isfinite()).float().mean().item()
-    if any(map(broken, tensors(p.x))):
-        return [Finding('finite', 'error', '', share(p.content), 'of the input is NaN', 'Look at the data first.')]
+    if bad := [t for t in tensors(p.x) if broken(t)]:
+        return [Finding('finite', 'error', '', share(bad), 'of the input is NaN or Inf', 'Look at the data first.')]
     watch = Watch()
     out = p.run(state=p.true, watch=watch)
     call = first_bad(broken, watch)
     if not (call or broken(out)): return []
     return [Finding('finite', 'error', _name_of(call), share(call.outs if call else [out]),
-                    'of its output is NaN or Inf, though nothing that went in is',
+                    'of its output is NaN or Inf, though nothing that went in is NaN or +Inf',
                     'Look for the log or root of 0, a division by 0, a mask that hides every key of a query.')]
 
 # %% ../nbs/07_diagnose.ipynb #1237282c
@@ -598,8 +645,8 @@ def _alone(p, call, given=None, tape=None):
 def _own_state(p, module):
     "The jittered parameters, and the buffers, of one module, under the names that it has for them"
     names = {id(q): n for n, q in p.model.named_parameters()}
-    return ({n: b.clone() for n, b in module.named_buffers()} |
-            {n: p.state[names[id(q)]] for n, q in module.named_parameters(remove_duplicate=False)})
+    state = {n: b.clone() for n, b in module.named_buffers()}
+    return state | {n: p.state[names[id(q)]] for n, q in module.named_parameters()}   # tied ones once
 
 def _products(p, call, given=None):
     "The queries and keys of the first attention in this module"
@@ -828,6 +875,9 @@ def check_parameters(
 ) -> list: # of `Finding`
     "Parameters that never get a gradient: not registered, not used, or used in part"
     found, lost = [], list(_unlisted(p.model))
+    if p.true and not p.trained:
+        found.append(Finding('parameters', 'note', '', 0, 'parameters are trained: all are frozen',
+                             'Fine for a model that only predicts.'))
     if lost:
         found.append(Finding('parameters', 'error', lost[0][0], len(lost),
                              f'modules or parameters in a plain container, `{lost[0][1]}`',
@@ -923,28 +973,37 @@ def check_loss(
     return []
 
 # %% ../nbs/07_diagnose.ipynb #94bb5562
+def _descend(weights, loss, size):
+    "One step, in place: RMSprop's direction, as far as a straight line needs to bring the loss to zero"
+    grads = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]*len(weights)
+    pairs = [(w, g) for w, g in zip(weights, grads) if g is not None and g.any()]
+    ways, slope = [], 0.
+    for w, g in pairs:
+        size[w] = .9*size.get(w, 0) + .1*g.pow(2)
+        ways.append(g/(size[w].sqrt() + 1e-8))
+        slope += (g*ways[-1]).sum().item()
+    with torch.no_grad():
+        for (w, _), way in zip(pairs, ways): w.sub_(way, alpha=loss.item()/slope)
+    return bool(pairs)
+
 def check_overfit(
     p,       # `Probe`
     steps=60 # at most; it ends as soon as the loss is low enough
 ) -> list: # of `Finding`
     "Two examples that cannot be learnt by heart (RMSprop's direction, and steps after Polyak, 1987)"
-    if p.y is None or p.loss_func is None: return []
-    rows, state = slice(0, 2), {n: t.clone().requires_grad_(n in p.trained) for n, t in p.true.items()}
-    leaves, labels, losses, size = [state[n] for n in p.trained], p.y[rows], [], {}
+    if p.y is None or p.loss_func is None or not p.trained: return []
+    rows, losses, size = slice(0, 2), [], {}
+    weights = {n: p.true[n].to(torch.promote_types(p.true[n].dtype, torch.float32), copy=True) for n in p.trained}
+    for w in weights.values(): w.requires_grad_()    # single precision at least: half loses small steps
+    labels = p.y[rows]
     two = labels.ndim == 1 and not labels.is_floating_point() and len(labels.unique()) == 2
     for _ in range(steps):
+        state = p.true | {n: w.to(p.true[n].dtype) for n, w in weights.items()}
         loss = _training_loss(p, state, rows)[1]
         losses.append(loss.item())
         goal = .75*math.log(2) if two else .5*losses[0]   # an answer that is the same for both costs ln 2 at least
         if losses[-1] < goal: return []
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else []
-        pairs = [(t, g) for t, g in zip(leaves, grads) if g is not None and g.any()]
-        if not pairs: break
-        for t, g in pairs: size[t] = .9*size.get(t, 0) + .1*g.pow(2)
-        ways = [g/(size[t].sqrt() + 1e-8) for t, g in pairs]
-        slope = sum((g*way).sum().item() for (_, g), way in zip(pairs, ways))
-        with torch.no_grad():
-            for (t, _), way in zip(pairs, ways): t.sub_(way, alpha=losses[-1]/slope)
+        if not _descend(list(weights.values()), loss, size): break
     detail = f'is the lowest loss on two examples in {len(losses)} steps, from {losses[0]:.3g}; goal {goal:.3g}'
     return [Finding('overfit', 'warning', '', min(losses), detail,
                     'Is the output bounded, constant, or cut off from the parameters?')]
@@ -957,6 +1016,17 @@ CHECKS = {'finite': check_finite, 'inplace': check_inplace, 'repeat': check_repe
           'loss': check_loss, 'overfit': check_overfit}
 
 # %% ../nbs/07_diagnose.ipynb #a75222c3
+def _tried(name, check, p):
+    "The findings of one check, or one that says why it was not possible"
+    try: return check(p)
+    except Exception as e:
+        if 'nference tensor' in str(e):
+            return [Finding(name, 'warning', '', math.nan, 'not checked: a tensor that the model keeps, neither a '
+                            'parameter nor a buffer, was made in inference mode, where gradients do not work',
+                            'Build the model outside torch.inference_mode().')]
+        return [Finding(name, 'warning', '', math.nan, f'check not possible: {type(e).__name__}: {e}',
+                        'If this comes without another finding, run the model by hand in that way.')]
+
 def diagnose(
     model,          # any `nn.Module`
     x,              # a batch of its input, batch first: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -971,16 +1041,13 @@ def diagnose(
     "Look for silent bugs in a model, leaving it as it is"
     if wrong := set(skip) - set(CHECKS):
         raise ValueError(f'skip has {sorted(wrong)}; expected names out of {list(CHECKS)}')
-    p, found, ran = Probe(model, x, y, loss_func, causal, mask, output), [], []
-    for name, check in CHECKS.items():
-        if name in skip: continue
-        ran.append(name)
-        try: found += check(p)
-        except Exception as e:
-            found.append(Finding(name, 'warning', '', math.nan, f'check not possible: {type(e).__name__}: {e}',
-                                 'If this comes without another finding, run the model by hand in that way.'))
-        if name == 'finite' and found: break   # NaN spreads: nothing else could be told
-    report = Report(found, ran)
+    found, ran = [], [name for name in CHECKS if name not in skip]
+    with _attributes_kept(model), undisturbed(model):
+        p = Probe(model, x, y, loss_func, causal, mask, output)
+        for name in ran:
+            found += _tried(name, CHECKS[name], p)
+            if name == 'finite' and found: break   # NaN spreads: nothing else could be told
+    report = Report(found, ran[:ran.index(name) + 1] if ran else [])
     if show: print(report)
     return report
 
