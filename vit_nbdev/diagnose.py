@@ -39,7 +39,8 @@ class Finding:
     advice: str      # what to do
 
     def __str__(self):
-        return (f"{self.severity:8} {self.check:14} {self.module or '(the model itself)'}\n"
+        module = self.module or '(the model itself)'
+        return (f"{self.severity:8} {self.check:14} {module}\n"
                 f"         {self.evidence:.4g} {self.detail}\n         {self.advice}")
 
 # %% ../nbs/07_diagnose.ipynb #514c710d
@@ -56,7 +57,9 @@ class Report:
     def __iter__(self): return iter(self.findings)
     def __len__(self): return len(self.findings)
     def __repr__(self):
-        return f"<{'healthy' if self else 'not healthy'}: {len(self)} findings in {len(self.checks)} checks>"
+        verdict = 'healthy' if self else 'not healthy'
+        findings = f'{len(self)} finding' + 's'*(len(self) != 1)
+        return f'<{verdict}: {findings} in {len(self.checks)} checks>'
     def __str__(self): return '\n'.join([*map(str, self), repr(self)[1:-1]])
 
 # %% ../nbs/07_diagnose.ipynb #3a862715
@@ -90,7 +93,7 @@ def first_output(
                                    'pass output=, a function that picks the tensor to look at')
     return floats[0]
 
-# %% ../nbs/07_diagnose.ipynb #e5a0da87
+# %% ../nbs/07_diagnose.ipynb #5345b1bb
 def _generators(model):
     "(read the state, set the state, seed) of each random number generator that a model may draw from"
     found = [(random.getstate, random.setstate, random.seed),
@@ -324,14 +327,28 @@ class _Runner:
         watch = Watch(base, differ)
         return differ(self.run(x, watch=watch, **kw).detach(), then), watch
 
-    def changes(self, x=None, differ=differs, **kw):
-        "As `compare`, but only an output that differs is worth a second run, in which each module is watched"
-        changed = differ(self.run(x, **kw).detach(), self.out)
-        return self.compare(x, differ=differ, **kw) if changed.any() else (changed, None)
+    def difference(self, x=None, differ=differs, **mode):
+        "(first module that runs differently in this mode, fraction of the output that does), or None if none does"
+        if not differ(self.run(x, **mode).detach(), self.out).any(): return None    # no need to watch each module
+        changed, watch = self.compare(x, differ=differ, **mode)
+        return _name_of(first_bad(torch.any, watch)), changed.float().mean().item()
+
+    def input_gradients(self, pick=lambda out: out):
+        "(content, gradient of a random mixture of the picked outputs) for each floating-point input that has one"
+        x = map_tensors(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, self.x)
+        pairs = [(old, t) for old, t in zip(tensors(self.x), tensors(x)) if t.requires_grad and t.ndim]
+        out = pick(self.run(x))
+        if not pairs or not out.requires_grad: return []
+        grads = torch.autograd.grad((out * _noise(out)).sum(), [t for _, t in pairs], allow_unused=True)
+        return [(old, grad) for (old, _), grad in zip(pairs, grads) if grad is not None]
 
     @cached_property
     def elsewhere(self): # the output for other content in all places
         return self.run(self.replaced(self.rows(*range(self.size)))).detach()
+
+    def only(self, rows):
+        "The input for these examples alone"
+        return map_tensors(lambda t: t[rows] if t.ndim and len(t) == self.size else t, self.x)
 
     def replaced(self, pick):
         "The input with other content where `pick` is true: (b), (b n), or of the shape of the input"
@@ -369,9 +386,7 @@ class Probe(_Runner):
         return torch.tensor([i in rows for i in range(self.size)])
 
 # %% ../nbs/07_diagnose.ipynb #305dc0aa
-def check_finite(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_finite(p: Probe) -> list[Finding]:
     "NaN or +Inf in the output or on the way (-Inf alone is what masks are made of)"
     def broken(t):
         if not t.is_floating_point() or t.sum().isfinite(): return False
@@ -390,16 +405,16 @@ def check_finite(
 # %% ../nbs/07_diagnose.ipynb #1237282c
 class _Touch:
     "Finds the first module in which the caller's tensors change"
-    def __init__(self, mine): self.mine, self.then, self.open, self.found = mine, [t.clone() for t in mine], [], None
+    def __init__(self, mine):
+        self.mine, self.then = mine, [t.clone() for t in mine]
+        self.open, self.found = [], None
     def touched(self): return any(differs(a, b).any() for a, b in zip(self.mine, self.then))
     def enter(self, name, module, given): self.open.append((name, self.touched()))
     def leave(self, out):
         name, before = self.open.pop()
         if self.found is None and self.touched() and not before: self.found = name
 
-def check_inplace(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_inplace(p: Probe) -> list[Finding]:
     "Inputs that the model writes into"
     for watched in (False, True):   # modules are asked only where there is something to find
         x = map_tensors(torch.clone, p.x)
@@ -412,14 +427,10 @@ def check_inplace(
                     'Write x = x + y where it says x += y or x.add_(y).')]
 
 # %% ../nbs/07_diagnose.ipynb #6cf91be4
-def check_repeat(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_repeat(p: Probe) -> list[Finding]:
     "Outputs that differ between two calls in eval mode"
-    changed, watch = p.changes(seed=1)
-    if not changed.any(): return []
-    return [Finding('repeat', 'error', _name_of(first_bad(torch.any, watch)), changed.float().mean().item(),
-                    'of the output differs between two calls in eval mode',
+    if not (found := p.difference(seed=1)): return []
+    return [Finding('repeat', 'error', *found, 'of the output differs between two calls in eval mode',
                     'Randomness that ignores eval mode: F.dropout needs training=self.training.')]
 
 # %% ../nbs/07_diagnose.ipynb #98fb1c38
@@ -448,14 +459,10 @@ def mixing(
 # %% ../nbs/07_diagnose.ipynb #2fc75951
 def _share_of_others(p):
     "How much of an image's output comes from the others: of its gradient, or else of its entries; and which of these"
-    x = map_tensors(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, p.x)
-    leaves = [t for t in tensors(x) if t.requires_grad and len(t) == p.size]
-    out = p.run(x)[0].double()
-    if leaves and out.requires_grad:
-        grads = torch.autograd.grad((out * _noise(out)).sum(), leaves, allow_unused=True)
-        size = sum(g.double().abs().flatten(1).sum(1) for g in grads if g is not None)
-        if torch.is_tensor(size) and size[1:].sum() > 0:
-            return (size[1:].sum() / size.sum()).item(), "of the gradient of an image's output falls on other images"
+    grads = [g.double() for old, g in p.input_gradients(lambda out: out[0].double()) if len(old) == p.size]
+    sizes = sum(g.abs().flatten(1).sum(1) for g in grads) if grads else torch.zeros(p.size)
+    if sizes[1:].sum() > 0:
+        return (sizes[1:].sum() / sizes.sum()).item(), "of the gradient of an image's output falls on other images"
     changed, _ = p.compare(p.replaced(~p.rows(0)))
     return changed[0].float().mean().item(), "of an image's output changes when only the other images do"
 
@@ -469,16 +476,14 @@ def _batch_advice(call):
     return 'Follow the batch axis through its forward: which reshape, softmax, mean, flip or roll takes it in?'
 
 # %% ../nbs/07_diagnose.ipynb #87053f09
-def check_batch(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_batch(p: Probe) -> list[Finding]:
     "Information that crosses the batch in eval mode"
     crosses, call = mixing(p)
-    if len(p.out) != p.size: number = len(p.out), f'rows come out for {p.size} that go in'
-    elif crosses: number = _share_of_others(p)
-    elif call: number = p.size, 'images are mixed here, though not on a way to the output'
+    if len(p.out) != p.size: evidence = len(p.out), f'rows come out for {p.size} that go in'
+    elif crosses: evidence = _share_of_others(p)
+    elif call: evidence = p.size, 'images are mixed here, though not on a way to the output'
     else: return []
-    return [Finding('batch', 'error', _name_of(call), *number, _batch_advice(call))]
+    return [Finding('batch', 'error', _name_of(call), *evidence, _batch_advice(call))]
 
 # %% ../nbs/07_diagnose.ipynb #1a712ecf
 def _far_first(a, b):
@@ -487,27 +492,22 @@ def _far_first(a, b):
         if a.shape[i] < b.shape[i]: b = b.narrow(i, 0, a.shape[i])
     return far(a, b)
 
-def check_batch_size(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_batch_size(p: Probe) -> list[Finding]:
     "An output that depends on how many images come with it"
-    alone = map_tensors(lambda t: t[:1] if t.ndim and len(t) == p.size else t, p.x)
-    try: changed, watch = p.changes(alone, differ=_far_first)
+    try: found = p.difference(p.only(slice(0, 1)), differ=_far_first)
     except Exception as e:
         return [Finding('batch size', 'warning', '', 1, f'image alone does not run: {type(e).__name__}: {e}',
                         'Look for squeeze() without an axis, or a batch size written into the code.')]
-    if not changed.any(): return []
-    return [Finding('batch size', 'error', _name_of(first_bad(torch.any, watch)), changed.float().mean().item(),
-                    "of an image's output changes when it comes alone",
+    if not found: return []
+    return [Finding('batch size', 'error', *found, "of an image's output changes when it comes alone",
                     'Is something indexed or scaled by the batch size, as pe[x.shape[0]] for pe[:x.shape[1]]?')]
 
 # %% ../nbs/07_diagnose.ipynb #7de6cc72
-def check_training_batch(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_training_batch(p: Probe) -> list[Finding]:
     "Information that crosses the batch in training mode; batch norm is meant to"
-    found = []
-    for still in ((), _BatchNorm) if any(isinstance(m, _BatchNorm) for m in p.model.modules()) else ((),):
+    found, stills = [], [()]
+    if any(isinstance(m, _BatchNorm) for m in p.model.modules()): stills.append(_BatchNorm)
+    for still in stills:
         mode = dict(train=True, still=still)
         out, mates = p.run(**mode), p.run(p.replaced(~p.rows(0)), **mode)
         if not differs(mates[:1], out[:1]).any(): continue
@@ -531,9 +531,7 @@ def _hidden(mask):
     cases = [(torch.arange(n) == key, reach[:, key] == 0, None) for key in sorted({1 % n, n//2, n - 1})]
     return [c for c in cases if c[1].any()]
 
-def check_mask(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_mask(p: Probe) -> list[Finding]:
     "Information from the future (`causal`), from padding, or past any mask that is given"
     for tokens, safe, row in _hidden(p.mask.cpu()) if p.mask is not None else ():
         n, rows = len(safe), torch.ones(p.size, dtype=torch.bool) if row is None else p.rows(row)
@@ -596,7 +594,8 @@ class _Tags(TorchDispatchMode):
     def softmaxed(self, out, axis, tag):
         w = out.float().movedim(axis, -1)
         top, low = (w.amax(-1), w.amin(-1)) if w.numel() else (w, w)
-        product, axis = tag if isinstance(tag, _Product) else None, axis - out.ndim*(axis >= 0)
+        product = tag if isinstance(tag, _Product) else None
+        if axis >= 0: axis -= out.ndim
         spread = ((top - low)*w.shape[-1]).mean().item()
         self.found.append(_Attention(product, self.open[-1], axis, top.mean().item(), spread))
         return self.found[-1]
@@ -611,11 +610,14 @@ class Tape(_Tags):
         for w, axis, tag in ((a, -1, tag_a), (b, -2, tag_b)):
             if not isinstance(tag, _Attention): continue
             total, queries = w.float().sum(axis).flatten(), -3 - axis
-            tag.user, tag.total = self.open[-1], total[((total - 1).abs()*(total != 0)).argmax()].item()
+            tag.user = self.open[-1]
+            tag.total = total[((total - 1).abs()*(total != 0)).argmax()].item()
             tag.across = tag.axis < -2 or bool(((w.float().sum(queries) - 1).abs() < .01).all())
             if self.inject is not None and out.shape[queries] > self.inject: out.select(queries, self.inject).add_(1)
             return None
-        number = lambda tag: tag if isinstance(tag, float) else tag.since if isinstance(tag, _Product) else 1.
+        def number(tag):     # what this factor of the product has been multiplied by
+            if isinstance(tag, _Product): return tag.since
+            return tag if isinstance(tag, float) else 1.
         return _Product(a, b, number(tag_a)*number(tag_b)*alpha, self.open[-1])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -679,9 +681,7 @@ def _normalised(product):
     return even(product.q.float().norm(dim=-1)) and even(product.k.float().norm(dim=-2))
 
 # %% ../nbs/07_diagnose.ipynb #93e1f485
-def check_attention(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_attention(p: Probe) -> list[Finding]:
     "Softmax over the wrong axis, weights that do not sum to 1, a missing or wrong scale, torn heads, saturation"
     tape, found = Tape(p.true.values()), {}
     with sdpa_kernel(SDPBackend.MATH), tape: p.run(state=p.true, watch=tape)
@@ -755,13 +755,11 @@ def _module_gap(p, module, given, pick, fixed=False):
     params = {n: state[n] for n, q in module.named_parameters() if q.requires_grad and q.is_floating_point()}
     return gap(f, params | inputs, inputs if fixed else ())
 
-def check_gradient(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_gradient(p: Probe) -> list[Finding]:
     "Autograd against central differences: finds detach, damage in place, a wrong backward"
-    two = map_tensors(lambda t: t[:2] if t.ndim and len(t) == p.size else t, p.x)
-    name, slopes = '', _module_gap(p, p.model, two, lambda out: [p.output(out)], fixed=True)
+    slopes = _module_gap(p, p.model, p.only(slice(0, 2)), lambda out: [p.output(out)], fixed=True)
     if not _disagree(*slopes): return []
+    name = ''
     def floats(out): return [t for t in tensors(out) if t.is_floating_point()]
     for call in p.base.calls:
         try: mine = _module_gap(p, call.module, call.given, floats)
@@ -774,49 +772,60 @@ def check_gradient(
                     'Look for detach, no_grad, .data, operations in place, a wrong backward of an autograd.Function.')]
 
 # %% ../nbs/07_diagnose.ipynb #3ad0c85c
+def _unread_tokens(p, x):
+    "Where replacing an integer token changes nothing: bool (b n), at up to ten places"
+    dead = torch.zeros(x.shape[:2], dtype=torch.bool)
+    if x.ndim < 2: return dead
+    last = x.shape[1] - 1
+    for i in sorted({*range(0, last, max(1, last//8)), last}):
+        one = torch.zeros_like(dead).index_fill(1, torch.tensor(i), True)
+        if not p.compare(p.replaced(one))[0].any(): dead |= one
+    return dead
+
 def _unread(p):
     "Places of the first content tensor that no output depends on: bool, (b n) for integer tokens, else of its shape"
-    x, dead = p.content[0], torch.zeros(p.content[0].shape[:2], dtype=torch.bool)
-    if not x.is_floating_point():
-        for i in sorted({*range(0, x.shape[1], max(1, x.shape[1]//8)), x.shape[1] - 1}) if x.ndim > 1 else ():
-            one = torch.zeros_like(dead).index_fill(1, torch.tensor(i), True)
-            if not p.compare(p.replaced(one))[0].any(): dead |= one
-        return dead
-    given = map_tensors(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, p.x)
-    leaf = next(t for t, old in zip(tensors(given), tensors(p.x)) if old is x)
-    out = p.run(given)
-    if not out.requires_grad: return dead
-    grad, = torch.autograd.grad((out * _noise(out)).sum(), leaf, allow_unused=True)
-    return dead if grad is None else (grad == 0).all(0, keepdim=True).expand(x.shape).cpu()
+    x = p.content[0]
+    if not x.is_floating_point(): return _unread_tokens(p, x)
+    grad = next((grad for old, grad in p.input_gradients() if old is x), torch.ones_like(x))
+    return (grad == 0).all(0, keepdim=True).expand(x.shape).cpu()
 
 def _where(dead):
     "The indices along each axis at which everything is dead"
-    full = {i: (~_along(~dead, i)).nonzero().flatten().tolist() for i in range(1, dead.ndim)}
-    return '; '.join(f'axis {i}, {len(js)} from {js[0]} on' for i, js in full.items() if js) or 'here and there'
+    places = []
+    for i in range(1, dead.ndim):
+        full = (~_along(~dead, i)).nonzero().flatten().tolist()
+        if full: places.append(f'axis {i}, {len(full)} from {full[0]} on')
+    return '; '.join(places) or 'here and there'
 
 # %% ../nbs/07_diagnose.ipynb #a9907142
-def check_reach(
-    p # `Probe`
-) -> list: # of `Finding`
-    "Outputs that no input reaches, and inputs that reach no output"
-    if not p.content: return []
-    def stops(watch):    # the first call into which a change goes and out of which none comes
-        any_in = lambda masks: any(m.any() for m in masks)
-        return _name_of(next((c for c in watch.calls if any_in(c.ins) and not any_in(c.outs)), None))
+def _stops(watch):
+    "The first module into which a change goes and out of which none comes"
+    for call in watch.calls:
+        if any(m.any() for m in call.ins) and not any(m.any() for m in call.outs): return call.name
+    return ''
+
+def _constant(p):
+    "A finding if some of the output is the same whatever the input is"
     changed = differs(p.elsewhere, p.out)
     for axis in range(changed.ndim):
         still = ~_along(changed, axis)
-        if still.any():
-            where = stops(p.compare(p.replaced(p.rows(*range(p.size))))[1]) if still.all() else ''
-            return [Finding('reach', 'error' if still.all() else 'warning', where,
-                            still.float().mean().item(),
-                            f'of the output (along axis {axis}) is the same whatever the input is',
-                            'Is the right token read, after the layers, and does each layer pass on what it is given?')]
+        if not still.any(): continue
+        severity, module = 'warning', ''
+        if still.all(): severity, module = 'error', _stops(p.compare(p.replaced(p.rows(*range(p.size))))[1])
+        return [Finding('reach', severity, module, still.float().mean().item(),
+                        f'of the output (along axis {axis}) is the same whatever the input is',
+                        'Is the right token read, after the layers, and does each layer pass on what it is given?')]
+    return []
+
+def check_reach(p: Probe) -> list[Finding]:
+    "Outputs that no input reaches, and inputs that reach no output"
+    if not p.content: return []
+    if found := _constant(p): return found
     dead = _unread(p)
     if not dead.any(): return []
-    unchanged, watch = p.compare(p.replaced(dead))
-    if unchanged.any(): return []     # a gradient of zero alone is no proof
-    return [Finding('reach', 'warning', stops(watch), dead.float().mean().item(),
+    changed, watch = p.compare(p.replaced(dead))
+    if changed.any(): return []     # a gradient of zero alone is no proof
+    return [Finding('reach', 'warning', _stops(watch), dead.float().mean().item(),
                     f'of the input reaches no output: {_where(dead)}',
                     'Do the patches cover the whole input, and is every token kept to the end?')]
 
@@ -870,9 +879,7 @@ def _idle(p):
            'Is it cut to size? Are there positions for more tokens than they are added to?')
 
 # %% ../nbs/07_diagnose.ipynb #5b962418
-def check_parameters(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_parameters(p: Probe) -> list[Finding]:
     "Parameters that never get a gradient: not registered, not used, or used in part"
     found, lost = [], list(_unlisted(p.model))
     if p.true and not p.trained:
@@ -884,6 +891,7 @@ def check_parameters(
                              'Use nn.ModuleList, ModuleDict or ParameterList, or no optimizer will see them.'))
     for names, detail, advice in _idle(p):
         if not names: continue
+        if len(names) == 1: detail = detail.replace('parameters', 'parameter', 1)
         some = ', '.join(names[:3]) + ', ...'*(len(names) > 3)
         module = names[0].rpartition('.')[0]
         found.append(Finding('parameters', 'warning', module, len(names), f'{detail}: {some}', advice))
@@ -899,9 +907,7 @@ def _rearranged(x):
     rolls = [(x.shape[i]//q, i) for i in (2, 3) for q in primes(x.shape[i])]
     return [lambda t, roll=roll: t.roll(*roll) if t.shape == x.shape else t for roll in rolls]
 
-def check_positions(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_positions(p: Probe) -> list[Finding]:
     "Positions without effect: patches or tokens change places and nothing else happens"
     if p.mask is not None or not p.content or p.content[0].ndim < 2: return []
     if torch.finfo(p.out.dtype).eps > 1e-6: return []     # half precision: rounding hides too much
@@ -930,45 +936,40 @@ class Calm(TorchDispatchMode):
             return (args[0] if op == 'bernoulli_' else torch.empty_like(args[0])).copy_(torch.as_tensor(rate))
         return func(*args, **kwargs)
 
-def check_modes(
-    p # `Probe`
-) -> list: # of `Finding`
+def check_modes(p: Probe) -> list[Finding]:
     "A difference between training and eval mode that dropout and batch norm do not explain"
+    mode = dict(train=True, still=_BatchNorm)
     with Calm():
-        changed, watch = p.changes(differ=far, train=True, still=_BatchNorm)
-        if not changed.any(): return []
-        a, b = (p.run(train=True, still=_BatchNorm, seed=seed) for seed in (0, 1))
-    random = a.shape == b.shape and bool(far(a, b).any())   # of another kind: no telling what it does on average
-    advice = 'Does dropout scale by 1/(1-p); does `if self.training` guard what it should?'
-    return [Finding('modes', 'note' if random else 'warning', _name_of(first_bad(torch.any, watch)),
-                    changed.float().mean().item(),
-                    'of the output differs between training and eval mode, dropout and batch norm aside',
-                    'Random by design?' if random else advice)]
+        if not (found := p.difference(differ=far, **mode)): return []
+        a, b = (p.run(seed=seed, **mode) for seed in (0, 1))
+    random = a.shape == b.shape and far(a, b).any()   # of another kind: no telling what it does on average
+    severity, advice = 'warning', 'Does dropout scale by 1/(1-p); does `if self.training` guard what it should?'
+    if random: severity, advice = 'note', 'Random by design?'
+    return [Finding('modes', severity, *found,
+                    'of the output differs between training and eval mode, dropout and batch norm aside', advice)]
 
 # %% ../nbs/07_diagnose.ipynb #a6630128
 def _training_loss(p, state, rows=slice(None)):
     "(output, loss) in training mode, without dropout"
-    x = map_tensors(lambda t: t[rows] if t.ndim and len(t) == p.size else t, p.x)
-    with Calm(): out = p.run(x, state=state, train=True)
+    with Calm(): out = p.run(p.only(rows), state=state, train=True)
     return out, p.loss_func(out, p.y[rows])
 
-def check_loss(
-    p # `Probe`
-) -> list: # of `Finding`
-    "A loss at the start that is far from guessing, and probabilities where the loss takes logits"
+def check_loss(p: Probe) -> list[Finding]:
+    "A loss at the start that is far from that of equal probabilities, and probabilities where the loss takes logits"
     if p.y is None or p.loss_func is None or p.y.is_floating_point(): return []
     out, loss = _training_loss(p, p.true)
-    axis, loss = -1 if p.y.shape == out.shape[:-1] else 1, loss.item()
+    axis = -1 if p.y.shape == out.shape[:-1] else 1     # of the classes
+    loss = loss.item()
     takes_logits = abs(p.loss_func(out + 1, p.y).item() - loss) < 1e-3*abs(loss)
     if takes_logits and (out >= 0).all() and ((out.sum(axis) - 1).abs() < 1e-3).all():
         return [Finding('loss', 'error', '', out.sum(axis).mean().item(),
                         'is what the outputs sum to: they are probabilities',
                         'This loss applies softmax itself; return the logits.')]
-    guess = math.log(out.shape[axis])
-    detail = f'is the loss; guessing costs ln({out.shape[axis]}) = {guess:.3g}'
-    if loss > 1.5*guess + .5:
+    even = math.log(out.shape[axis])
+    detail = f'is the loss; equal probabilities cost ln({out.shape[axis]}) = {even:.3g}'
+    if loss > 1.5*even + .5:
         return [Finding('loss', 'warning', '', loss, detail, 'Are the logits too large, or the targets shifted?')]
-    if loss < .5*guess:
+    if loss < .5*even:
         return [Finding('loss', 'note', '', loss, detail, 'Fine if it is trained; otherwise the targets leak in.')]
     return []
 
