@@ -333,6 +333,9 @@ class _Runner:
         changed, watch = self.compare(x, differ=differ, **mode)
         return _name_of(first_bad(torch.any, watch)), changed.float().mean().item()
 
+# %% ../nbs/07_diagnose.ipynb #42bee0f2
+class _Changes(_Runner):
+    "What else `Probe` can give its model: some examples only, other content, and inputs that carry a gradient"
     def input_gradients(self, pick=lambda out: out):
         "(content, gradient of a random mixture of the picked outputs) for each floating-point input that has one"
         x = map_tensors(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, self.x)
@@ -356,7 +359,7 @@ class _Runner:
         return map_tensors(lambda t: other(t, pick) if fits(t) else t, self.x)
 
 # %% ../nbs/07_diagnose.ipynb #c3d77038
-class Probe(_Runner):
+class Probe(_Changes):
     "A model and a small batch, run as often as the checks need and left exactly as they were"
     def __init__(self,
         model,          # any `nn.Module`
