@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_nbdev.cli import train, vit_predict, vit_train
+from vit_nbdev.cli import vit_explain, vit_predict, vit_train
 from vit_nbdev.learner import RECIPES
+from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.runs import explain, load_model, predict, save_model, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +54,7 @@ def test_train_leaves_a_whole_run(trained):
 
 def test_recipes_say_what_was_measured():
     "The figures in `RECIPES` are those that a notebook printed, or that its study wrote down"
-    cells = json.loads((ROOT/'nbs'/'08_cli.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads((ROOT/'nbs'/'09_runs.ipynb').read_text(encoding='utf-8'))['cells']
     lines = [line for c in cells for o in c.get('outputs', []) for line in o.get('text', [])]
     for name in ('digits', 'mnist-quick'):
         found = [re.match(rf'{name}, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line) for line in lines]
@@ -87,7 +89,9 @@ def test_predict_agrees_with_the_test_accuracy(trained, capsys):
     results = json.loads(capsys.readouterr().out)
     right = np.mean([r['class'] == test.vocab[y] for r, y in zip(results, test.y)])
     assert right == json.loads((cwd/'runs'/'digits'/'config.json').read_text())['test_accuracy']
-    assert all(abs(sum(r['probabilities'].values()) - 1) < 1e-5 and r['probability'] == max(r['probabilities'].values()) for r in results)
+    for r in results:
+        assert abs(sum(r['probabilities']) - 1) < 1e-5
+        assert r['probability'] == max(r['probabilities']) == r['probabilities'][r['index']]
 
 def test_predict_names_a_bad_file_and_reads_the_others(trained):
     cwd, _ = trained
@@ -124,13 +128,14 @@ def test_predict_with_published_weights(trained, capsys, tmp_path):
 
 def test_a_folder_is_prepared_as_its_run_says(tmp_path, monkeypatch):
     "Crop and interpolation of the loaders are those of a prediction"
-    from vit_nbdev.data import folder_dls, read_image
+    from vit_nbdev.data import folder_dls
     for name in 'ab':
         (tmp_path/name).mkdir()
         for i in range(6): Image.effect_noise((40, 30), 80).save(tmp_path/name/f'{i}.png')
-    dls = folder_dls(tmp_path, img_size=16, in_chans=1, interpolation='bicubic', crop_pct=0.8, bs=2, augment=False, device='cpu')
-    assert dls.preprocessing['interpolation'] == 'bicubic' and dls.preprocessing['crop_pct'] == 0.8
-    prepared = {bytes(read_image(f, 16, 1, 'bicubic', 0.8).numpy()) for f in tmp_path.rglob('*.png')}
+    prep = Preprocessing((16, 24), [0.2], [0.3], in_chans=1, interpolation='bicubic', crop_pct=0.8, resize='squash')
+    dls = folder_dls(tmp_path, preprocessing=prep, bs=2, augment=False, device='cpu')
+    assert dls.preprocessing == replace(prep, labels=('a', 'b'))
+    prepared = {bytes(prep(f).numpy()) for f in tmp_path.rglob('*.png')}
     assert {bytes(x.numpy()) for dl in dls for x in dl.dataset.x} == prepared
 
 def test_same_seed_same_run(tmp_path):
@@ -178,7 +183,7 @@ def test_real_mnist():
     dls = mnist_dls(device='cpu')
     assert [len(dl.dataset) for dl in dls] == [55_000, 5_000, 10_000]
     assert dls[2].dataset.y[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]              # the test set's well-known beginning
-    assert abs(dls.preprocessing['mean'][0] - 0.1307) < 5e-4 and abs(dls.preprocessing['std'][0] - 0.3081) < 5e-4
+    assert abs(dls.preprocessing.mean[0] - 0.1307) < 5e-4 and abs(dls.preprocessing.std[0] - 0.3081) < 5e-4
 
 # --- bad input: one sentence, exit code not zero, no traceback, nothing left behind ---
 
@@ -431,7 +436,7 @@ from fastai.torch_core import set_seed, num_distrib, rank_distrib
 from fastai.callback.core import Callback
 from vit_nbdev.data import digits_dls
 from vit_nbdev.learner import deal, vit_learner
-from vit_nbdev.cli import _join_processes
+from vit_nbdev.runs import _join_processes
 torch.set_num_threads(1)
 class Seen(Callback):
     "Which images came in an epoch, told apart by their bytes"
@@ -473,3 +478,69 @@ def test_vit_train_in_two_processes(tmp_path):
     code, _, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=1, bs=63, device='cpu', out='odd'), cwd=tmp_path)
     assert code != 0 and "a batch of 63 can't be dealt to 2 processes" in err
     assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+# --- what is predicted and what is explained are the same pixels ---
+
+def test_predict_and_explain_see_identical_inputs(tmp_path, monkeypatch):
+    "An oblong photograph, a crop of its own, another interpolation: bit for bit the same tensor"
+    from vit_nbdev.vit import vit
+    model = vit('mnist', in_chans=3, img_size=(28, 56)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    prep = Preprocessing((28, 56), [0.4]*3, [0.2, 0.3, 0.4], crop_pct=0.4, interpolation='bicubic', labels=list('abcdefghij'))
+    save_model(model, tmp_path/'run', prep)
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate([(300, 100, 3), (40, 90, 3), (7, 7)]):
+        Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(tmp_path/f'{i}.png')
+    files, seen = sorted(tmp_path.glob('*.png')), []
+    monkeypatch.setattr(type(model), 'embed', lambda self, x, embed=type(model).embed: (seen.append(x), embed(self, x))[1])
+    predicted = predict(tmp_path/'run', files, device='cpu')
+    explain(tmp_path/'run', files, tmp_path/'page.html', device='cpu')
+    first, *others = seen
+    assert first.shape == (3, 3, 28, 56) and others and all(torch.equal(first, x) for x in others)
+    assert len({r['probability'] for r in predicted}) == 3
+
+# --- results first, pictures after ---
+
+def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
+    "The run is whole, the picture is named, and the page shows the others"
+    import vit_nbdev.report as report
+    def broken(*args): raise RuntimeError('no font for this')
+    monkeypatch.setattr(report, 'plot_confusion', broken)
+    train(epochs=1, device='cpu', out=tmp_path/'run')
+    assert 'confusion could not be drawn and is left out (RuntimeError: no font for this)' in capsys.readouterr().out
+    assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES - {'confusion.png'}
+    assert (tmp_path/'run'/'report.html').read_text().count('data:image/png') == 3
+    assert predict(tmp_path/'run', tmp_path/'run'/'samples')[0]['class']
+
+def test_a_run_that_died_while_it_was_drawn_is_finished_without_training(tmp_path, monkeypatch):
+    import vit_nbdev.runs as runs
+    def killed(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'draw_pictures', killed)
+        with pytest.raises(KeyboardInterrupt, match='stopped by Ctrl-C after 2 epochs'): train(epochs=2, device='cpu', out=tmp_path/'run')
+    weights = (tmp_path/'run.part'/'model.safetensors').read_bytes()
+    run = train(resume=tmp_path/'run', device='cpu')
+    assert {p.name for p in run.iterdir()} == RUN_FILES and (run/'model.safetensors').read_bytes() == weights
+
+@pytest.mark.parametrize('name', ['$', '$5_$10', r'\frac', 'x'*200, '汉字'])
+def test_any_class_name_is_drawn(name, tmp_path):
+    for label in (name, 'other'):
+        (tmp_path/'pictures'/label).mkdir(parents=True)
+        for i in range(6): Image.effect_noise((8, 8), 60).save(tmp_path/'pictures'/label/f'{i}.png')
+    run = train(str(tmp_path/'pictures'), model='digits', img_size=8, epochs=1, bs=4, device='cpu', out=tmp_path/'run')
+    assert RUN_FILES - {'mistakes.png'} <= {p.name for p in run.iterdir()}
+    assert name in load_model(run)[0].preprocessing.labels
+
+def test_a_log_that_nobody_watches_has_a_line_per_epoch(tmp_path):
+    code, out, err = shell('vit_train', '--epochs', 3, '--device', 'cpu', cwd=tmp_path)
+    lines = [line for line in out.splitlines() if line.startswith('epoch ')]
+    assert code == 0 and len(lines) == 3 and len(out) < 2500 and '\r' not in out
+    assert re.match(r'epoch 3/3  train_loss [\d.]+  valid_loss [\d.]+  accuracy [\d.]+  [\d.]+ s an epoch, 0 s left', lines[-1])
+
+def test_names_that_the_terminal_lacks(tmp_path, monkeypatch):
+    "A class in Chinese letters on a terminal of western Europe: escaped, no traceback"
+    from vit_nbdev.vit import vit
+    save_model(vit('digits'), tmp_path/'run', Preprocessing(8, [0.5], [0.5], in_chans=1, labels=['汉字']*10))
+    Image.new('L', (8, 8)).save(tmp_path/'a.png')
+    done = subprocess.run([*command('vit_predict'), 'run', 'a.png'], cwd=tmp_path, capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
+    assert done.returncode == 0 and b'\\u6c49\\u5b57 (10.0 %)' in done.stdout, done.stderr

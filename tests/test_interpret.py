@@ -746,9 +746,11 @@ def test_converted_models(published, tmp_path):
 
 @pytest.fixture(scope='module')
 def run_folder(tmp_path_factory):
-    from vit_nbdev.cli import save_model
+    from vit_nbdev.preprocessing import Preprocessing
+    from vit_nbdev.runs import save_model
     run = tmp_path_factory.mktemp('run')
-    save_model(make(pool='cls', n_registers=1), run, dict(img_size=8, in_chans=1, mean=[0.3], std=[0.4], labels=[f'digit {i}' for i in range(10)]))
+    labels = [f'digit {i}' for i in range(10)]
+    save_model(make(pool='cls', n_registers=1), run, Preprocessing(8, [0.3], [0.4], in_chans=1, labels=labels))
     return run
 
 @pytest.fixture
@@ -769,14 +771,13 @@ def vit_explain(*args):
 
 def test_vit_explain(folder):
     "The page shows what the model attends to in these very pixels"
-    from vit_nbdev.cli import load_model
-    from vit_nbdev.data import read_image
+    from vit_nbdev.runs import load_model
     code, out, err = vit_explain('run', '0.png', '2.png', '--out', 'page.html')
     assert code == 0, err
     assert out.strip().endswith('shows 2 images: open it in a browser') and out.startswith('page.html (')
     facts, model = data_of(Path('page.html').read_text(encoding='utf-8')), load_model('run')[0]
     for entry, name in zip(facts['images'], ('0.png', '2.png'), strict=True):
-        x = (read_image(name, 8, 1)[None]/255 - 0.3)/0.4
+        x = model.preprocessing.normalise(model.preprocessing(name))[None]
         maps = attention_maps(model, x)[0].flatten(0, 1)
         assert entry['title'] == name and entry['probs'][0][0] == f'digit {model(x).argmax()}'
         assert np.abs(weights_of(entry, 'maps', 'scale', 18) - maps.numpy()).max() <= 0.501*maps.max().item()/255

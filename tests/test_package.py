@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TRAIN = '''
 import sys, fastcore, fastai
-from vit_nbdev.cli import train, predict
+from vit_nbdev.runs import train, predict
 run = train(epochs=2, device="cpu", out=sys.argv[1])
 files = sorted((run/"samples").glob("*.png"))
 assert len(predict(run, files)) == len(files) == 8

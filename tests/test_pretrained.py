@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from test_vit import close, fill, images
 from vit_nbdev import pretrained
+from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained, to_timm, to_torchvision
 from vit_nbdev.vit import ViT, ViTConfig, vit, vit_config
 
@@ -369,10 +370,10 @@ def test_half_precision_becomes_float32():
 
 @pytest.mark.parametrize('changes', [{}, dict(positions='sincos2d'), dict(positions='none'), dict(stem='conv', patch_size=4), dict(pool='map', n_registers=2)])
 def test_run_folders(changes, tmp_path):
-    from vit_nbdev.cli import save_model
+    from vit_nbdev.runs import save_model
     model = fill(vit('mnist', **dict(drop_path=0.1) | changes))
     prep = dict(img_size=28, in_chans=1, mean=[0.13], std=[0.3], labels=list('abcdefghij'))
-    save_model(model, tmp_path, prep)
+    save_model(model, tmp_path, Preprocessing.from_dict(prep))
     mine = load_pretrained(tmp_path)
     assert mine.config == model.config and mine.report == []
     assert mine.preprocessing == prep | dict(interpolation='bilinear', crop_pct=1.)

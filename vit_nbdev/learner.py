@@ -128,7 +128,8 @@ def vit_learner(
 ) -> ViTLearner:                   # a fastai `Learner`, on the device of `dls`
     "A fastai `Learner` that trains a Vision Transformer with AdamW and cross-entropy"
     model = _build(dls, model, pretrained)
-    if getattr(model, 'preprocessing', None) is not None: normalise_as(dls, model.preprocessing)
+    if isinstance(prep := getattr(model, 'preprocessing', None), dict): prep = Preprocessing.from_dict(prep)
+    if prep is not None: normalise_as(dls, prep)
     defaults = dict(loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=adamw, train_bn=False)
     if isinstance(model, ViT): defaults['splitter'] = partial(vit_groups, per_block=layer_decay is not None)
     if layer_decay is not None:
