@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_nbdev.cli import vit_explain, vit_predict, vit_train
+from vit_nbdev.cli import vit_predict, vit_train
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import explain, load_model, predict, save_model, train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import fastai.vision.all   # gives every Learner fit_one_cycle, lr_find, a progress bar and pictures of images
+import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a progress bar and pictures of images
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip

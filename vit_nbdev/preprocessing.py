@@ -7,8 +7,8 @@ __all__ = ['PROCESSORS', 'RESAMPLE', 'Preprocessing', 'open_image', 'timm_prepro
            'transformers_preprocessing']
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0000
-import json, math
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np

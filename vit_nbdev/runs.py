@@ -7,7 +7,7 @@ __all__ = ['LOADERS', 'get_device', 'check_positive', 'Diverged', 'EpochLines', 
            'class_probabilities', 'train', 'image_files', 'trained_model', 'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
-import hashlib, json, math, os, platform, shutil, sys, tempfile, time
+import hashlib, json, os, platform, shutil, sys, tempfile, time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from difflib import get_close_matches
@@ -488,7 +488,7 @@ def explain(
     x = prep.normalise(torch.stack([prep(f) for f in files]).to(device))
     tmp = out.with_name(f'.{out.name}.tmp')       # half a page never takes the place of a whole one
     try:
-        explore(model.to(device), x, tmp, prep.to_dict(), titles=[Path(name).name for name in names])
+        explore(model.to(device), x, tmp, prep, titles=[Path(name).name for name in names])
         os.replace(tmp, out)
     finally: tmp.unlink(missing_ok=True)
     return out
