@@ -21,6 +21,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.transforms import get_image_files
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
+from fastcore.basics import noop
 from fastcore.imports import in_notebook
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
@@ -341,7 +342,9 @@ def _prepare(s, device, part):
     watched = sys.stdout.isatty() or in_notebook()
     cbs = [TerminateOnNaNCallback(), MetricsFile(part/'metrics.csv'), Checkpoint(part/'checkpoint.pt', s)]
     learn = r.learner(deal(dls), path=part, cbs=cbs if watched else [*cbs, EpochLines()])
-    if not watched: learn.remove_cb(learn.progress)
+    if not watched:
+        learn.remove_cb(learn.progress)
+        learn.logger = noop      # the lines say it
     if s['compile']: learn.model.compile()
     if s['precision'] != 'fp32': learn = getattr(learn, f"to_{s['precision']}")()
     torch.manual_seed(s['seed'] + rank_distrib())    # each process augments in its own way
