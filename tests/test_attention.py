@@ -1,5 +1,6 @@
-"""Attention against torch on random inputs: outputs, weights, gradients, masks, and what is recorded beside the fused kernel."""
-import copy, gc, io, itertools, weakref
+"""Attention against torch on random inputs: outputs, weights, gradients, masks, what is recorded beside the kernel."""
+import ast, copy, gc, io, itertools, json, re, weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from vit_nbdev.attention import (FusedAttention, MultiHeadAttention, attention_weights, causal_mask, padding_mask, plot_attention,
+from vit_nbdev.attention import (FusedAttention, MultiHeadAttention, causal_mask, padding_mask, plot_attention,
                                  record_attention, scaled_dot_product_attention)
 
 settings.register_profile('here', deadline=None, max_examples=40, derandomize=True)
@@ -31,7 +32,9 @@ def make_mask(kind, b, h, n, m, dtype):
     mask[..., 0] = True
     return mask
 
-def grads(out, inputs): return torch.autograd.grad((out*torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum(), inputs)
+def grads(out, inputs):
+    factors = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((out*factors).sum(), inputs)
 
 @given(seeds, sizes, sizes, sizes, st.integers(1, 4), sizes, dtypes, masks)
 def test_reference_equals_torch(seed, b, n, m, h, d, dtype, kind):
@@ -43,10 +46,12 @@ def test_reference_equals_torch(seed, b, n, m, h, d, dtype, kind):
     tol = TOLERANCE[dtype]
     close(ours, theirs, tol, 'outputs')
     close(weights @ v, theirs, tol, 'weights')
-    for name, a, b in zip('qkv', grads(ours, (q, k, v)), grads(theirs, (q, k, v))): close(a, b, 10*tol, f'gradient of {name}')
+    for name, a, b in zip('qkv', grads(ours, (q, k, v)), grads(theirs, (q, k, v))):
+        close(a, b, 10*tol, f'gradient of {name}')
     close(FusedAttention()(q, k, v, mask), theirs, tol, 'fused')
 
-@given(seeds, sizes, sizes, st.sampled_from([(4, 1), (4, 4), (12, 3), (8, 2)]), dtypes, masks, st.booleans(), st.booleans())
+@given(seeds, sizes, sizes, st.sampled_from([(4, 1), (4, 4), (12, 3), (8, 2)]), dtypes, masks, st.booleans(),
+       st.booleans())
 def test_module_equals_torch(seed, b, n, dim_heads, dtype, kind, bias, batch_first):
     "Self-attention on copied weights: output, weights, and the gradients of the input and of all parameters"
     (dim, h), tol = dim_heads, TOLERANCE[dtype]
@@ -64,7 +69,8 @@ def test_module_equals_torch(seed, b, n, dim_heads, dtype, kind, bias, batch_fir
     close(recorded[''], weights, tol, 'weights')
     names = ['qkv.weight', 'proj.weight'] + (['qkv.bias', 'proj.bias'] if bias else [])
     mine = grads(out, [x, *(dict(ours.named_parameters())[k] for k in names)])
-    torchs = grads(expected, [x, theirs.in_proj_weight, theirs.out_proj.weight] + ([theirs.in_proj_bias, theirs.out_proj.bias] if bias else []))
+    biases = [theirs.in_proj_bias, theirs.out_proj.bias] if bias else []
+    torchs = grads(expected, [x, theirs.in_proj_weight, theirs.out_proj.weight, *biases])
     assert len(dict(ours.named_parameters())) == len(names)
     for name, a, c in zip(['x', *names], mine, torchs): close(a, c, 20*tol, f'gradient of {name}')
     back = ours.to_torch(batch_first=batch_first)
@@ -76,7 +82,8 @@ def test_cross_attention_equals_torch(seed, b, n, m, kv_dim, dtype):
     torch.manual_seed(seed)
     theirs = nn.MultiheadAttention(8, 2, kdim=kv_dim, vdim=kv_dim, batch_first=True, dtype=dtype)
     ours = MultiHeadAttention.from_torch(theirs)
-    x, context = torch.randn(b, n, 8, dtype=dtype, requires_grad=True), torch.randn(b, m, kv_dim, dtype=dtype, requires_grad=True)
+    x = torch.randn(b, n, 8, dtype=dtype, requires_grad=True)
+    context = torch.randn(b, m, kv_dim, dtype=dtype, requires_grad=True)
     out, expected = ours(x, context), theirs(x, context, context)[0]
     close(out, expected, TOLERANCE[dtype])
     for a, c in zip(grads(out, (x, context)), grads(expected, (x, context))): close(a, c, 10*TOLERANCE[dtype])
@@ -86,11 +93,13 @@ def test_cross_attention_equals_torch(seed, b, n, m, kv_dim, dtype):
 def test_gradients_against_finite_differences():
     torch.manual_seed(0)
     attn = MultiHeadAttention(6, 2, kv_dim=4, qk_norm=True).double()
-    x, context = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     mask = make_mask('random', 2, 2, 3, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda x, c: attn(x, c, mask), (x, context))
     q, k, v = (torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 4, 4))
-    assert torch.autograd.gradcheck(lambda *a: scaled_dot_product_attention(*a, mask=torch.zeros(3, 4, dtype=torch.float64))[0], (q, k, v))
+    zeros = torch.zeros(3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: scaled_dot_product_attention(*a, mask=zeros)[0], (q, k, v))
 
 def test_bfloat16_is_no_worse_than_torch():
     "Errors against float64, over 20 draws: ours must not be larger than those of torch's own module"
@@ -110,9 +119,9 @@ def test_dropout_is_dropout_of_the_weights():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3))
     expected = scaled_dot_product_attention(q, k, v)[0]
-    for attend in (lambda: scaled_dot_product_attention(q.expand(4000, 1, 4, 8), k.expand(4000, 1, 4, 8), v.expand(4000, 1, 4, 8), dropout=0.3)[0],
-                   lambda: FusedAttention(0.3)(q.expand(4000, 1, 4, 8), k.expand(4000, 1, 4, 8), v.expand(4000, 1, 4, 8))):
-        draws = attend()
+    many = [t.expand(4000, 1, 4, 8) for t in (q, k, v)]
+    for attend in (lambda *a: scaled_dot_product_attention(*a, dropout=0.3)[0], FusedAttention(0.3)):
+        draws = attend(*many)
         error = (draws.mean(0) - expected[0])/(draws.std(0)/4000**0.5)
         assert draws.std(0).min() > 0.01 and error.abs().max() < 5           # five standard errors
     close(FusedAttention(0.3).eval()(q, k, v), expected, 1e-12)
@@ -149,7 +158,8 @@ def test_blind_queries_get_zeros(backend, mask_kind):
     if mask_kind == 'float': mask = torch.zeros(2, 1, 4, 5).masked_fill(~mask, -torch.inf)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (4, 5, 5))
-    with sdpa_kernel([getattr(SDPBackend, backend)]): outs = [scaled_dot_product_attention(q, k, v, mask)[0], FusedAttention()(q, k, v, mask)]
+    with sdpa_kernel([getattr(SDPBackend, backend)]):
+        outs = [scaled_dot_product_attention(q, k, v, mask)[0], FusedAttention()(q, k, v, mask)]
     for out in outs:
         g = torch.autograd.grad(out.pow(2).sum(), (q, k, v))
         assert out[0, :, 1].abs().max() == 0 and out[1].abs().max() == 0 and out[0, :, 0].abs().min() > 0
@@ -163,6 +173,11 @@ def test_empty_sequences(n, m):
     nn.init.normal_(attn.proj.bias)
     out = attn(torch.randn(2, n, 8), torch.randn(2, m, 4))
     assert out.shape == (2, n, 8) and torch.equal(out, attn.proj.bias.expand(2, n, 8))
+
+@pytest.mark.parametrize('n, m', [(0, 3), (3, 0)])
+def test_empty_sequences_in_the_reference(n, m):
+    out, weights = scaled_dot_product_attention(torch.randn(1, n, 4), torch.randn(1, m, 4), torch.randn(1, m, 4))
+    assert out.shape == (1, n, 4) and weights.shape == (1, n, m) and out.abs().sum() == 0
 
 def test_causal_mask_of_a_cache():
     for n, m in ((1, 1), (2, 5), (5, 5)): assert torch.equal(causal_mask(n, m), causal_mask(m)[m - n:])
@@ -233,7 +248,9 @@ def test_recording_nothing_is_not_silent():
     try:
         with record_attention(compiled) as weights: compiled(x)
     except RuntimeError as e: assert 'uncompiled' in str(e)                       # either it says so,
-    else: assert all(torch.equal(a, b) for a, b in zip(weights.values(), expected.values())) and len(weights) == 2   # or it is right
+    else:                                                                         # or it is right
+        assert len(weights) == 2
+        assert all(torch.equal(a, b) for a, b in zip(weights.values(), expected.values()))
 
 # --- bad input ---
 
@@ -255,8 +272,10 @@ def test_bad_input():
     bad(ValueError, 'x is on cpu but mask is on meta', lambda: attn(x, mask=causal_mask(5, device='meta')))
     bad(TypeError, 'mask has dtype torch.int64', lambda: attn(x, mask=torch.ones(5, 5).long()))
     bad(TypeError, 'mask must be a tensor, got list', lambda: attn(x, mask=[True]))
-    bad(ValueError, r'mask has shape \(4, 5\), which does not broadcast to the weights \(2, 2, 5, 5\)', lambda: attn(x, mask=torch.ones(4, 5, dtype=torch.bool)))
-    bad(ValueError, 'is its first size the batch or the heads', lambda: attn(x, mask=torch.ones(2, 5, 5, dtype=torch.bool)))
+    bad(ValueError, r'mask has shape \(4, 5\), which does not broadcast to the weights \(2, 2, 5, 5\)',
+        lambda: attn(x, mask=torch.ones(4, 5, dtype=torch.bool)))
+    bad(ValueError, 'is its first size the batch or the heads',
+        lambda: attn(x, mask=torch.ones(2, 5, 5, dtype=torch.bool)))
     q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     bad(ValueError, 'q has width 4 but k has 3', lambda: scaled_dot_product_attention(q, k[..., :3], k))
     bad(ValueError, '5 keys but 4 values', lambda: scaled_dot_product_attention(q, k, k[:, :4]))
@@ -265,11 +284,27 @@ def test_bad_input():
     bad(ValueError, 'q is on cpu but k is on meta', lambda: scaled_dot_product_attention(q, k.to('meta'), k))
     bad(ValueError, 'lengths must be a row of integers', lambda: padding_mask(torch.tensor([1.5]), 3))
     bad(ValueError, 'lengths run from -1 to 2', lambda: padding_mask([-1, 2], 3))
+    bad(ValueError, 'lengths run from 2 to 9', lambda: padding_mask([2, 9], 4))
+    bad(ValueError, "3 queries can't be the last of m=2 positions", lambda: causal_mask(3, 2))
     bad(ValueError, r'expected \(n, m\) or \(h, n, m\)', lambda: plot_attention(torch.zeros(1, 2, 3, 3)))
     bad(ValueError, 'q_labels holds 2 labels, expected 3', lambda: plot_attention(torch.zeros(3, 3), ['a', 'b']))
 
-@pytest.mark.parametrize('kwargs, why', [(dict(add_bias_kv=True), 'add_bias_kv'), (dict(add_zero_attn=True), 'add_zero_attn'), (dict(kdim=3, vdim=5), 'kdim=3 and vdim=5')])
-def test_what_cannot_be_converted(kwargs, why): bad(ValueError, why, lambda: MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, **kwargs)))
+@pytest.mark.parametrize('kwargs, why', [(dict(add_bias_kv=True), 'add_bias_kv'),
+                                         (dict(add_zero_attn=True), 'add_zero_attn'),
+                                         (dict(kdim=3, vdim=5), 'kdim=3 and vdim=5')])
+def test_what_cannot_be_converted(kwargs, why):
+    bad(ValueError, why, lambda: MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, **kwargs)))
+
+@pytest.mark.parametrize('kwargs', [dict(qk_norm=True), dict(proj_dropout=0.1), dict(qkv_bias=False)])
+def test_what_torch_does_not_have(kwargs):
+    bad(ValueError, next(iter(kwargs)), lambda: MultiHeadAttention(8, 2, **kwargs).to_torch())
+
+def test_what_cannot_be_recorded():
+    def record(model, names=None):
+        with record_attention(model, names): pass
+    bad(ValueError, 'Linear holds no MultiHeadAttention', lambda: record(nn.Linear(2, 2)))
+    bad(ValueError, r'no attention module is called blocks\.0; there are: 0',
+        lambda: record(nn.Sequential(MultiHeadAttention(8, 2)), ['blocks.0']))
 
 def test_plot_attention():
     "A picture per head, the labels at their places, and the weights as they are"
@@ -279,7 +314,8 @@ def test_plot_attention():
     assert [ax.get_title() for ax in axes] == ['head 0', 'head 1', 'head 2']
     for ax, head in zip(axes, w):
         close(torch.tensor(ax.images[0].get_array().data), head, 1e-6)
-        assert [t.get_text() for t in ax.get_yticklabels()] == ['a', 'b'] and [t.get_text() for t in ax.get_xticklabels()] == ['w', 'x', 'y', 'z']
+        assert [t.get_text() for t in ax.get_yticklabels()] == ['a', 'b']
+        assert [t.get_text() for t in ax.get_xticklabels()] == ['w', 'x', 'y', 'z']
 
 def test_compiles_without_a_break():
     torch.manual_seed(0)
@@ -319,3 +355,54 @@ def test_onnx_keeps_batch_and_length_free(model, widths, lengths):
         inputs = [torch.randn(b, n + i, width) for i, width in enumerate(widths)]
         out, = session.run(None, {name: t.numpy() for name, t in zip(names, inputs)})
         close(torch.from_numpy(out), model(*inputs), 1e-5, f'batch {b}, length {n}')
+
+# --- the exercises of the chapter ---
+
+NOTEBOOK = Path(__file__).parent.parent/'nbs'/'00_attention.ipynb'
+DATA = {'CUES', 'ambiguous', 'fillers', 'vocab', 'pairs', 'asking', 'vocab2'}
+
+def definitions(cells):
+    "What the cells import and define, and the small data of the tasks, without running any experiment"
+    names = {}
+    for cell in cells:
+        if 'eval: false' in cell or '# TODO' in cell: continue
+        for node in ast.parse(cell).body:
+            wanted = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+            if isinstance(node, ast.Assign):
+                targets = {name for target in node.targets for name in ast.unparse(target).strip('()').split(', ')}
+                wanted = targets <= DATA
+            if wanted:
+                exec(compile(ast.Module([node], []), NOTEBOOK.name, 'exec'), names)
+    return names
+
+def exercises():
+    "Number, stub, check and solution of each exercise that has a cell to be filled in"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(cell['source']) for cell in cells]
+    code = [s for s, cell in zip(sources, cells) if cell['cell_type'] == 'code']
+    for i, source in enumerate(sources):
+        if '# TODO' not in source or cells[i]['cell_type'] != 'code': continue
+        number = re.search(r'### (\d+)\.', sources[i - 1])[1]
+        yield pytest.param(code, source, sources[i + 1], sources[i + 2], id=number)
+
+@pytest.mark.parametrize('code, stub, check, text', exercises())
+def test_exercise(code, stub, check, text, slow):
+    "The check fails on the stub, with a sentence, and passes on the solution that is printed below it"
+    assert check.startswith('#| eval: false') and text.startswith('<details><summary>Solution</summary>')
+    if 'compare(' in check and not slow: check = check.replace('compare(', 'compare_one(')
+    names = definitions(code)
+    # one seed in place of five, which would take half a minute: one with which the stub fails
+    names['compare_one'] = lambda mixers, task, **kwargs: one_seed(names, mixers, task, **kwargs)
+    with pytest.raises(AssertionError) as failed: exec(stub + '\n' + check, names)
+    assert str(failed.value), 'the check says nothing'
+    solution = re.search(r'```python\n(.*?)```', text, re.S)
+    if solution: solved = solution[1]
+    else: solved = stub.replace('self.network = nn.Identity()  # TODO', re.search(r'`(self\.network = .*)`', text)[1])
+    assert '# TODO' not in solved
+    exec(solved + '\n' + check, names)
+
+def one_seed(names, mixers, task, **kwargs):
+    import pandas as pd
+    model = names['train'](*mixers.values(), 2, task, **kwargs)
+    found = names['accuracy'](model, 2, task)
+    return model, pd.DataFrame([[found, found]], mixers, ['mean', 'seed 2'])

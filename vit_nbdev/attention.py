@@ -225,7 +225,7 @@ class MultiHeadAttention(nn.Module):
         else: q, (k, v) = self.queries(x), self.keys_values(context)
         return self.mix(q, k, v, mask)
 
-# %% ../nbs/00_attention.ipynb #5c0e77a1
+# %% ../nbs/00_attention.ipynb #2e8b41f7
 @patch
 def _heads(self: MultiHeadAttention, x, parts):
     "`x` `(b n parts*dim)` as so many tensors `(b h n head_dim)`; this order assembles the gradient in one copy"
@@ -241,6 +241,7 @@ def _project(self: MultiHeadAttention, x, rows):
     if type(m) is not nn.Linear or heard: return m(x)[..., rows]
     return F.linear(x, m.weight[rows], None if m.bias is None else m.bias[rows])
 
+# %% ../nbs/00_attention.ipynb #5c0e77a1
 @patch
 def queries_keys_values(self: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Queries, keys and values `(b h n head_dim)` of `x` `(b n dim)`, in self-attention"
