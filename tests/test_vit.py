@@ -1,6 +1,9 @@
 """The Vision Transformer against timm's on copied weights, its options on random inputs, and what torch does with it"""
+import json
+import re
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -563,3 +566,26 @@ def test_wrong_names():
 def test_every_name_builds(name):
     with torch.device('meta'): model = vit(name)
     assert vit_config(name) == model.config and ViTConfig.from_json(model.config.to_json()) == model.config
+
+# ---- the exercises of the chapter
+
+NOTEBOOK = Path(__file__).parent.parent/'nbs'/'02_vit.ipynb'
+NEEDED = ('import os', 'pixels =', 'class Block', 'class SimpleViT', 'data = load_digits', 'def fit',
+          '@torch.no_grad()\ndef accuracy')
+
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_exercise(number):
+    "The check fails on the stub, with a hint, and passes on the solution that is printed below it"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(cell['source']) for cell in cells]
+    names = {}
+    for start in NEEDED:
+        cell, = [source for source in sources if source.startswith(start)]
+        exec(cell, names)
+    stub, = [source for source in sources if f'# exercise {number}\n' in source]
+    check, = [source for source in sources if f'# check {number}\n' in source]
+    solution, = [found for found in re.findall(r'```python\n(.*?)```', '\n'.join(sources), re.S)
+                 if f'# solution {number}\n' in found]
+    assert stub.startswith('#| eval: false') and check.startswith('#| eval: false')
+    with pytest.raises(AssertionError, match='returns nothing yet'): exec(stub + '\n' + check, names)
+    exec(solution + '\n' + check, names)

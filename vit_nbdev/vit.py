@@ -230,22 +230,6 @@ class AttentionPool(nn.Module):
         x = self.attn(self.probe.expand(x.shape[0], -1, -1), context=x)
         return (x + self.mlp(self.norm(x)))[:, 0]
 
-# %% ../nbs/02_vit.ipynb #4ffdcf6f
-def _grid(x, config):
-    "Rows and columns of patches in images `x`, which are checked"
-    c, shape = config, tuple(x.shape)
-    if x.dim() == 3: raise ValueError(f"got one image of shape {shape}, expected a batch (b, c, h, w): use x[None]")
-    if x.dim() != 4: raise ValueError(f"images have shape {shape}, expected a batch (b, c, h, w)")
-    if shape[1] != c.in_chans:
-        why = f"this model has in_chans={c.in_chans}"
-        if shape[3] == c.in_chans: why = "the channels come last here, use x.permute(0, 3, 1, 2)"
-        raise ValueError(f"images have shape {shape}, expected (b, {c.in_chans}, h, w): {why}")
-    if not x.is_floating_point():
-        raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
-    _check_side('image height', shape[2], c)
-    _check_side('image width', shape[3], c)
-    return -(-shape[2]//c.patch_size), -(-shape[3]//c.patch_size)
-
 # %% ../nbs/02_vit.ipynb #178eefb7
 class ViT(nn.Module):
     "Vision Transformer (Dosovitskiy 2020): patches, tokens in front and positions, an encoder, pooling, a linear head"
@@ -356,6 +340,22 @@ def set_resolution(self: ViT,
     self.pos_embed.data = self.positions(*config.grid)[:, self.n_prefix - self._n_slots:].clone()
     self.pos_embed.grad, self.config = None, config
     return self
+
+# %% ../nbs/02_vit.ipynb #4ffdcf6f
+def _grid(x, config):
+    "Rows and columns of patches in images `x`, which are checked"
+    c, shape = config, tuple(x.shape)
+    if x.dim() == 3: raise ValueError(f"got one image of shape {shape}, expected a batch (b, c, h, w): use x[None]")
+    if x.dim() != 4: raise ValueError(f"images have shape {shape}, expected a batch (b, c, h, w)")
+    if shape[1] != c.in_chans:
+        why = f"this model has in_chans={c.in_chans}"
+        if shape[3] == c.in_chans: why = "the channels come last here, use x.permute(0, 3, 1, 2)"
+        raise ValueError(f"images have shape {shape}, expected (b, {c.in_chans}, h, w): {why}")
+    if not x.is_floating_point():
+        raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
+    _check_side('image height', shape[2], c)
+    _check_side('image width', shape[3], c)
+    return -(-shape[2]//c.patch_size), -(-shape[3]//c.patch_size)
 
 # %% ../nbs/02_vit.ipynb #bffb42f2
 SIZES = {        # dim, depth, heads, feed-forward width over dim       published in
