@@ -12,7 +12,7 @@ SCRIPTS = sorted([ROOT/'setup.py', *(ROOT/'tests').glob('*.py'), *(ROOT/'tools')
 # Not conforming yet: notebooks (with their modules) and tests. A name must go as soon as its file conforms.
 LINES_TO_DO = {'nbs/05_pretrained.ipynb', 'tests/test_cli.py', 'tests/test_interpret.py',
                'tests/test_preprocessing.py', 'tests/test_pretrained.py'}
-RUFF_TO_DO = {'nbs/01_transformer.ipynb', 'nbs/05_pretrained.ipynb', 'nbs/07_diagnose.ipynb',
+RUFF_TO_DO = {'nbs/05_pretrained.ipynb', 'nbs/07_diagnose.ipynb',
               'tests/test_interpret.py'}
 
 def name(path): return path.relative_to(ROOT).as_posix()

@@ -1,5 +1,9 @@
 """The blocks of vit_nbdev.transformer against torch's own, their masks, positions and generation, on random inputs"""
+import ast
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,3 +337,41 @@ def test_bad_input_is_named():
         with pytest.raises(error, match=words): call()
     assert LayerScale(3, 0.5)(torch.ones(3)).tolist() == [0.5]*3
     assert TokenEmbedding(5, 4, 6)(torch.tensor([[0, 4]]), start=4).shape == (1, 2, 4)
+
+# --- the exercises of the chapter ---
+
+NOTEBOOK = Path(__file__).parent.parent/'nbs'/'01_transformer.ipynb'
+
+def definitions(cells):
+    "What the cells import and define, without running any experiment"
+    names = {}
+    for cell in cells:
+        if 'eval: false' in cell or '# TODO' in cell or '#| slow' in cell: continue
+        for node in ast.parse(cell).body:
+            wanted = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+            if isinstance(node, ast.Assign): wanted = ast.unparse(node).startswith('PAD, START, END')
+            if wanted: exec(compile(ast.Module([node], []), NOTEBOOK.name, 'exec'), names)
+    return names
+
+def exercises():
+    "Number, stub, check and solution of each exercise that has a cell to be filled in"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(cell['source']) for cell in cells]
+    code = [s for s, cell in zip(sources, cells) if cell['cell_type'] == 'code']
+    for i, source in enumerate(sources):
+        if '# TODO' not in source or cells[i]['cell_type'] != 'code': continue
+        number = re.findall(r'### (\d+)\.', sources[i - 1])[-1]
+        yield pytest.param(code, source, sources[i + 1], sources[i + 2], id=number)
+
+@pytest.mark.parametrize('code, stub, check, text', exercises())
+def test_exercise(code, stub, check, text):
+    "The check fails on the stub, with a sentence, and passes on the solution that is printed below it"
+    assert check.startswith('#| eval: false') and text.startswith('<details><summary>Solution</summary>')
+    names = definitions(code)
+    with pytest.raises(AssertionError) as failed: exec(stub + '\n' + check, names)
+    assert str(failed.value), 'the check says nothing'
+    solution = re.search(r'```python\n(.*?)```', text, re.S)[1]
+    assert '# TODO' not in solution
+    exec(solution + '\n' + check, names)
+
+def test_there_are_exercises(): assert len(list(exercises())) == 3
