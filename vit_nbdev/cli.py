@@ -16,7 +16,7 @@ from fastcore.script import call_parse, store_true
 
 from .pretrained import load_pretrained
 from .report import percent
-from .runs import check_positive, explain, image_files, load_model, predict, train
+from .runs import check_positive, explain, image_files, load_model, predict, train, trained_model
 
 # %% ../nbs/10_cli.ipynb #cli00006
 @contextmanager
@@ -100,7 +100,7 @@ def vit_predict(
         model = _source(run, pretrained)
         results = predict(model, images, bs=bs, device=device, progress=sys.stderr.isatty())
         if json: print(_to_json(results))
-        labels = model.preprocessing.labels
+        labels = trained_model(model)[1].labels
         for r in results:
             if not json and 'error' not in r: print(_line(r, labels, top))
         _report_unreadable(results)

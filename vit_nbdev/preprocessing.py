@@ -17,9 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0011
-_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
-               interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
-
+# longer than 40 lines: the fields are a table, each with its comment
 @dataclass(frozen=True)
 class Preprocessing:
     "How an image becomes numbers: what is resized, what is cut out, and how the pixels are scaled"
@@ -68,6 +66,9 @@ class Preprocessing:
         return _from_dict(cls, values, where)
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0018
+_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
+               interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
+
 def _as_tuple(name, value):
     "Lists become tuples, and one side of a square becomes two"
     if name in ('img_size', 'resize_size') and isinstance(value, int): return (value, value)
@@ -106,6 +107,7 @@ def _check_field(name, value, prep):
         if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value): want = 'a list of strings'
     if want: raise ValueError(f"{name}={value!r} must be {want}")
 
+# %% ../nbs/02a_preprocessing.ipynb #prep0040
 def _from_dict(cls, values, where):
     "`Preprocessing` of a dict; what is wrong is named together with its source"
     if not isinstance(values, dict): raise ValueError(f"{where} is {type(values).__name__}, expected a dict of fields")
@@ -150,6 +152,7 @@ def _window(prep, im):
     out[:, top:top + x.shape[1], left:left + x.shape[2]] = x
     return out
 
+# %% ../nbs/02a_preprocessing.ipynb #prep0042
 def _resample(prep, im, size, inside):
     "The part `inside` (top, left, bottom, right) of `im` resized to `size`, as `(c h w)`"
     top, left, bottom, right = inside
@@ -205,6 +208,7 @@ def _in_channels(prep, image):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
     return im.convert('L' if prep.in_chans == 1 else 'RGB')
 
+# %% ../nbs/02a_preprocessing.ipynb #prep0041
 def _eight_bits(im, value_range, name):
     "An image whose pixels run from black to white over `value_range`, with 8 bits"
     if value_range is None:
@@ -256,6 +260,7 @@ PROCESSORS = {   # transformers' image processors: what they do where their file
 }
 RESAMPLE = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box'}   # pillow's numbers
 
+# %% ../nbs/02a_preprocessing.ipynb #prep0043
 def transformers_preprocessing(
     p: dict,                                    # the contents of `preprocessor_config.json`
     img_size: int|tuple[int, int]|None = None,  # of the model, where the file neither resizes nor crops
@@ -277,6 +282,7 @@ def transformers_preprocessing(
     return Preprocessing.from_dict(how | dict(mean=mean, std=std, scale=scale, backend='torch',
                                               interpolation=RESAMPLE[p['resample']]), where)
 
+# %% ../nbs/02a_preprocessing.ipynb #prep0044
 def _sides(size, name, where, square):
     "Height and width, or one number for the short side, of a size in any of transformers' forms"
     if isinstance(size, (list, tuple)) and len(size) == 2: size = dict(height=size[0], width=size[1])
