@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a progress bar and pictures of images
+import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a bar and pictures of images
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip
@@ -97,22 +97,23 @@ def normalise_as(
     "Let the loaders normalise as a model expects, and say in a line what was changed"
     mean, std = ([x/(255*preprocessing.scale) for x in values] for values in (preprocessing.mean, preprocessing.std))
     wanted = [torch.tensor(values, device=dls.device).view(1, -1, 1, 1) for values in (mean, std)]
-    before = set()
-    for dl in dls.loaders:
-        found = [tfm for tfm in dl.after_batch.fs if isinstance(tfm, Normalize)]
-        for tfm in found:
-            before.add(f'mean {_numbers(tfm.mean)}, std {_numbers(tfm.std)}')
-            tfm.mean, tfm.std = wanted
-        if not found:
-            before.add('no normalisation')
-            dl.after_batch.add(Normalize(*wanted))
-    now, then = f'mean {_numbers(wanted[0])}, std {_numbers(wanted[1])}', '; '.join(sorted(before))
-    if then != now: print(f"images are normalised as the model expects: {now} (before: {then})")
+    found = [[tfm for tfm in dl.after_batch.fs if isinstance(tfm, Normalize)] for dl in dls.loaders]
+    before = {_statistics(tfm.mean, tfm.std) for tfms in found for tfm in tfms}
+    if not all(found): before.add('no normalisation')
+    for dl, tfms in zip(dls.loaders, found):
+        for tfm in tfms: tfm.mean, tfm.std = wanted
+        if not tfms: dl.after_batch.add(Normalize(*wanted))
+    now = _statistics(*wanted)
+    if before != {now}:
+        print(f"images are normalised as the model expects: {now} (before: {'; '.join(sorted(before))})")
     if hasattr(dls, 'preprocessing'):
         p = preprocessing
         dls.preprocessing = replace(dls.preprocessing, mean=p.mean, std=p.std, scale=p.scale)
 
-def _numbers(x): return '/'.join(f'{v:.3g}' for v in torch.as_tensor(x).flatten().tolist())
+def _statistics(*values):
+    "Mean and standard deviation in words"
+    mean, std = ('/'.join(f'{v:.3g}' for v in torch.as_tensor(x).flatten().tolist()) for x in values)
+    return f'mean {mean}, std {std}'
 
 # %% ../nbs/04_learner.ipynb #lrn00001
 def vit_learner(
