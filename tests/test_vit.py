@@ -542,7 +542,7 @@ def test_wrong_images(shape, dtype, error, message):
     (dict(norm_eps=0.), 'norm_eps=0.0 must be'),
     (dict(pool='max'), "pool='max' must be one of cls, mean, map"),
     (dict(positions='rope'), "positions='rope' must be one of learned"),
-    (dict(stem='resnet'), "stem='resnet' must be"), (dict(act='silu'), "act='silu' must be"),
+    (dict(stem='resnet'), "stem='resnet' must be"), (dict(act='swish'), "act='swish' must be"),
     (dict(pos_resize='nearest'), "pos_resize='nearest' must be"),
     (dict(dropout=1.), r'dropout=1.0 must be a number in \[0, 1\)'), (dict(drop_path=-0.1), 'drop_path=-0.1 must be'),
     (dict(dropout=None), 'dropout=None must be'),

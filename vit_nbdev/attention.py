@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_attention', 'attention_weights', 'scaled_dot_product_attention', 'causal_mask', 'padding_mask', 'FusedAttention',
-           'MultiHeadAttention', 'record_attention']
+           'rotate', 'MultiHeadAttention', 'record_attention']
 
 # %% ../nbs/00_attention.ipynb #96377983
 from contextlib import contextmanager
@@ -189,6 +189,18 @@ def _check_inputs(attn, x, context, mask):
                          f"Use ({n}, {m}) or four sizes that broadcast to ({b}, {attn.n_heads}, {n}, {m})")
     if mask.device != x.device: raise ValueError(f"x is on {x.device} but mask is on {mask.device}: move one of them")
 
+# %% ../nbs/00_attention.ipynb #2f85a91c
+def rotate(
+    x: Tensor,    # queries or keys `(b h n d)`
+    cos: Tensor,  # cosines of the angles `(m d)`, one row for each of the last `m` tokens
+    sin: Tensor,  # their sines `(m d)`
+) -> Tensor:      # `(b h n d)`, the tokens before the last `m` as they were
+    "Turn channel `i` against channel `i + d/2` (Su 2021, equation 34, with the halves of a head as pairs)"
+    front, x = x[..., :-len(cos), :], x[..., -len(cos):, :]
+    a, b = x.chunk(2, dim=-1)
+    turned = x*cos + torch.cat([-b, a], dim=-1)*sin
+    return torch.cat([front, turned.to(front.dtype)], dim=-2)
+
 # %% ../nbs/00_attention.ipynb #e9212bd4
 class MultiHeadAttention(nn.Module):
     "Several attentions side by side, each in its own projection of the input (Vaswani 2017, section 3.2.2)"
@@ -200,7 +212,8 @@ class MultiHeadAttention(nn.Module):
         qk_norm: bool = False,     # LayerNorm on the queries and keys of each head (Dehghani 2023)
         dropout: float = 0.,       # of the attention weights
         proj_dropout: float = 0.,  # of the output
-        norm_eps: float = 1e-6,    # epsilon of the norms of `qk_norm`
+        out_norm: bool = False,    # LayerNorm on what the heads give, before the output projection (Wang 2022)
+        norm_eps: float = 1e-6,    # epsilon of these norms
     ):
         super().__init__()
         if n_heads < 1 or dim < 1 or dim % n_heads:
@@ -212,6 +225,7 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.attend = FusedAttention(dropout)
+        self.out_norm = nn.LayerNorm(dim, eps=norm_eps) if out_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
 
@@ -219,10 +233,14 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,                    # tokens of the queries `(b n dim)`
         context: Tensor|None = None,  # tokens of the keys and values `(b m kv_dim)`; default `x`, self-attention
         mask: Tensor|None = None,     # `(n m)` or `(b|1 h|1 n|1 m|1)`; True = may attend, or a float added to scores
+        rotary: tuple|None = None,    # cosines and sines `(m head_dim)` for the last `m` tokens, as `rotate` takes them
     ) -> Tensor:                      # `(b n dim)`
         _check_inputs(self, x, context, mask)
+        if rotary is not None and context is not None:
+            raise ValueError("rotary positions are those of one sequence: leave out rotary or context")
         if context is None: q, k, v = self.queries_keys_values(x)
         else: q, (k, v) = self.queries(x), self.keys_values(context)
+        if rotary is not None: q, k = rotate(q, *rotary), rotate(k, *rotary)
         return self.mix(q, k, v, mask)
 
 # %% ../nbs/00_attention.ipynb #2e8b41f7
@@ -266,7 +284,7 @@ def mix(self: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor|
     "Attention of each head, the heads side by side again `(b n dim)`, and the output projection"
     if mask is not None and mask.is_floating_point(): mask = mask.to(q.dtype)
     heads = self.attend(q, k, v, mask)                                  # (b h n head_dim)
-    return self.proj_drop(self.proj(rearrange(heads, 'b h n d -> b n (h d)')))
+    return self.proj_drop(self.proj(self.out_norm(rearrange(heads, 'b h n d -> b n (h d)'))))
 
 # %% ../nbs/00_attention.ipynb #9d24f0b6
 def _shared_weights(ours, theirs):
@@ -308,6 +326,8 @@ def to_torch(self: MultiHeadAttention, batch_first: bool = True) -> nn.Multihead
     bias = (self.qkv if self.kv_dim == self.dim else self.q).bias is not None
     if isinstance(self.q_norm, nn.LayerNorm):
         raise ValueError("can't convert a module with qk_norm=True: torch's has no such norm")
+    if isinstance(self.out_norm, nn.LayerNorm):
+        raise ValueError("can't convert a module with out_norm=True: torch's has no such norm")
     if isinstance(self.proj_drop, nn.Dropout):
         raise ValueError("can't convert a module with proj_dropout: torch's has none")
     if bias != (self.proj.bias is not None):

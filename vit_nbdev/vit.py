@@ -10,6 +10,7 @@ __all__ = ['RESIZE', 'CHOICES', 'SIZES', 'PATCHES', 'SMALL', 'CONFIGS', 'PatchCo
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadAttention
-from .transformer import ACTIVATIONS, Encoder, FeedForward, sincos_2d
+from .transformer import ACTIVATIONS, ROTARY, Encoder, FeedForward, rotary_2d, sincos_2d
 
 # %% ../nbs/02_vit.ipynb #bdc327a3
 class PatchConv(nn.Conv2d):
@@ -77,8 +78,9 @@ RESIZE = {   # `pos_resize`: arguments of F.interpolate                         
     'bilinear':          dict(mode='bilinear'),                                  # timm, from Google's files
     'bilinear_corners':  dict(mode='bilinear', align_corners=True),              # Google's own code
 }
-CHOICES = dict(pool=('cls', 'mean', 'map'), positions=('learned', 'sincos2d', 'none'), stem=('patch', 'conv'),
-               act=tuple(ACTIVATIONS), pos_resize=tuple(RESIZE))
+CHOICES = dict(pool=('cls', 'mean', 'map', 'cls+mean', 'prefix'), positions=('learned', 'sincos2d', 'none'),
+               stem=('patch', 'conv'), act=tuple(ACTIVATIONS), pos_resize=tuple(RESIZE), rotary=('none', *ROTARY),
+               inner_norms=('none', 'mlp', 'both'))
 
 # %% ../nbs/02_vit.ipynb #c88462a3
 @dataclass(frozen=True)
@@ -92,21 +94,29 @@ class ViTConfig:
     depth: int = 12                   # number of encoder blocks
     n_heads: int = 6                  # attention heads of a block
     mlp_ratio: float = 4.             # hidden width of the feed-forward network over `dim`
-    pool: str = 'cls'                 # what the head reads: 'cls', 'mean' of the patches, 'map' (attention to them)
+    pool: str = 'cls'                 # what the head reads: 'cls', 'mean' of the patches, 'map' (attention to them),
+                                      # 'cls+mean' side by side, 'prefix': all tokens in front side by side
     cls_token: bool|None = None       # is there a class token? None: only if `pool` is 'cls'
     n_registers: int = 0              # further learned tokens that nobody reads (Darcet 2023)
     positions: str = 'learned'        # 'learned'; 'sincos2d', fixed waves; 'none'
     prefix_positions: bool = True     # have class token and registers learned positions, too?
     pos_std: float = 0.02             # standard deviation of learned positions and of the tokens in front at the start
     pos_resize: str = 'bicubic_antialias'  # how learned positions are stretched to another grid: a key of `RESIZE`
+    rotary: str = 'none'              # positions that turn queries and keys, beside or without others: see `ROTARY`
+    rotary_size: int|None = None      # side of the grid of pretraining that they are stretched to, see `rotary_2d`
     stem: str = 'patch'               # 'patch', or 'conv' for small convolutions (Xiao 2021)
     embed_norm: bool = False          # LayerNorm before the first block, as CLIP has
     norm_after_pool: bool = False     # the last LayerNorm after pooling instead of before it
+    last_norm: bool = True            # is there one at all?
+    inner_norms: str = 'none'         # LayerNorms in the 'mlp', or in 'both' branches of a block (Wang 2022)
     qk_norm: bool = False             # LayerNorm on queries and keys (Dehghani 2023)
     qkv_bias: bool = True             # have the projections to queries, keys and values a bias?
     patch_bias: bool = True           # has the projection of the patches one? CLIP's has none
     layer_scale: float|None = None    # start of the factors of `LayerScale` (Touvron 2021); None: no such factors
     act: str = 'gelu'                 # activation of the feed-forward network: a key of `ACTIVATIONS`
+    gated: bool = False               # gated feed-forward networks (Shazeer 2020); with act='silu' this is SwiGLU
+    pool_heads: int|None = None       # heads of the pool 'map'; None: `n_heads`
+    pool_prefix: bool = False         # does it attend to the tokens in front, too?
     dropout: float = 0.               # after positions and each linear layer of a block
     drop_path: float = 0.             # stochastic depth of the last block
     norm_eps: float = 1e-6            # epsilon of the LayerNorms
@@ -126,12 +136,18 @@ def grid(self: ViTConfig) -> tuple[int, int]:
 def n_patches(self: ViTConfig) -> int: return self.grid[0]*self.grid[1]
 
 @patch(as_prop=True)
-def has_cls(self: ViTConfig) -> bool: return self.pool == 'cls' if self.cls_token is None else self.cls_token
+def has_cls(self: ViTConfig) -> bool:
+    return self.pool in ('cls', 'cls+mean') if self.cls_token is None else self.cls_token
 
 @patch(as_prop=True)
 def n_prefix(self: ViTConfig) -> int:
     "Tokens in front of the patches"
     return self.has_cls + self.n_registers
+
+@patch(as_prop=True)
+def pooled_dim(self: ViTConfig) -> int:
+    "Width of what the head reads"
+    return self.dim*{'cls+mean': 2, 'prefix': self.n_prefix}.get(self.pool, 1)
 
 @patch
 def to_json(self: ViTConfig) -> str: return json.dumps(asdict(self))
@@ -151,6 +167,8 @@ _RULES = {    # by a field's name, or else by its type: is a value good, and wha
     'img_size': (_is_size, 'a positive integer of pixels, or two: (height, width)'),
     'cls_token': (lambda x: x is None or isinstance(x, bool), 'True, False or None'),
     'layer_scale': (lambda x: x is None or _is_number(x), 'a number or None'),
+    **dict.fromkeys(['rotary_size', 'pool_heads'],
+                    (lambda x: x is None or _is_int(x, 1), 'a positive integer or None')),
     'pos_std': (lambda x: _is_number(x, 0), 'a number, 0 or more'),
     **dict.fromkeys(['n_registers', 'n_classes'], (lambda x: _is_int(x, 0), 'an integer, 0 or more')),
     **dict.fromkeys(['dropout', 'drop_path'], (lambda x: _is_number(x, 0) and x < 1, 'a number in [0, 1)')),
@@ -183,8 +201,16 @@ def _check_config(config):
     if c.dim % c.n_heads: raise ValueError(f"dim={c.dim} is not divisible by n_heads={c.n_heads}")
     if c.positions == 'sincos2d' and c.dim % 4:
         raise ValueError(f"dim={c.dim} must be divisible by 4 for positions='sincos2d'")
-    if c.pool == 'cls' and c.cls_token is False:
-        raise ValueError("pool='cls' reads the class token, but cls_token=False: choose another pool")
+    head_dim = c.dim//c.n_heads
+    if c.rotary != 'none' and head_dim % 4:
+        raise ValueError(f"rotary={c.rotary!r} needs heads whose width is divisible by 4; dim/n_heads is {head_dim}")
+    if c.dim % (c.pool_heads or 1): raise ValueError(f"dim={c.dim} is not divisible by pool_heads={c.pool_heads}")
+    if c.pool in ('cls', 'cls+mean') and c.cls_token is False:
+        raise ValueError(f"pool={c.pool!r} reads the class token, but cls_token=False: choose another pool")
+    if c.norm_after_pool and c.pooled_dim != c.dim:
+        raise ValueError(f"pool={c.pool!r} gives {c.pooled_dim} numbers, but a norm after pooling takes dim={c.dim}")
+    if c.pool == 'prefix' and not c.n_prefix:
+        raise ValueError("pool='prefix' reads the tokens in front, but there are none: choose another pool")
 
 def _config(values):
     "A `ViTConfig` of a dict; a name that is no field raises an error"
@@ -246,12 +272,14 @@ class ViT(nn.Module):
         self.embed_norm = nn.LayerNorm(c.dim, eps=c.norm_eps) if c.embed_norm else nn.Identity()
         self.encoder = Encoder(c.dim, c.depth, c.n_heads, mlp_ratio=c.mlp_ratio, dropout=c.dropout,
                                drop_path=c.drop_path, norm_eps=c.norm_eps, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
-                               layer_scale=c.layer_scale, act=c.act)
+                               layer_scale=c.layer_scale, act=c.act, gated=c.gated, inner_norms=c.inner_norms)
+        if not c.last_norm: self.encoder.norm = nn.Identity()
         self.pool_norm = nn.Identity()
         if c.norm_after_pool: self.encoder.norm, self.pool_norm = self.pool_norm, self.encoder.norm
         self.attn_pool = nn.Identity()
-        if c.pool == 'map': self.attn_pool = AttentionPool(c.dim, c.n_heads, c.mlp_ratio, c.act, c.norm_eps)
-        self.head = nn.Linear(c.dim, c.n_classes) if c.n_classes else nn.Identity()
+        if c.pool == 'map':
+            self.attn_pool = AttentionPool(c.dim, c.pool_heads or c.n_heads, c.mlp_ratio, c.act, c.norm_eps)
+        self.head = nn.Linear(c.pooled_dim, c.n_classes) if c.n_classes else nn.Identity()
         self.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> logits `(b n_classes)`
@@ -291,24 +319,37 @@ def embed(self: ViT, x: Tensor) -> Tensor:  # `(b n_prefix+n dim)`
 @patch
 def forward_features(self: ViT, x: Tensor) -> Tensor:  # `(b n_prefix+n dim)`
     "Images `(b c h w)` to the tokens that leave the encoder, normalised"
-    x = self.embed(x)
+    rotary, x = self._rotary(x), self.embed(x)
     for block in self.encoder.blocks:
-        x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+        x = run(x, rotary=rotary)
     return self.encoder.norm(x)
+
+@patch
+def _rotary(self: ViT, x):
+    "Cosines and sines for the grid of images `x`, if the model turns queries and keys"
+    c = self.config
+    if c.rotary == 'none': return None
+    cos, sin = rotary_2d(*_grid(x, c), c.dim//c.n_heads, c.rotary, c.rotary_size, device=x.device)
+    return cos.to(x.dtype), sin.to(x.dtype)
 
 @patch
 def pool(self: ViT, x: Tensor) -> Tensor:  # `(b dim)`
     "Tokens `(b n_prefix+n dim)` to one vector for each image"
-    if self.config.pool == 'cls': x = x[:, 0]
-    elif self.config.pool == 'mean': x = x[:, self.n_prefix:].mean(dim=1)
-    else: x = self.attn_pool(x[:, self.n_prefix:])
+    how, n = self.config.pool, self.n_prefix
+    if how == 'cls': x = x[:, 0]
+    elif how == 'mean': x = x[:, n:].mean(dim=1)
+    elif how == 'cls+mean': x = torch.cat([x[:, 0], x[:, n:].mean(dim=1)], dim=1)
+    elif how == 'prefix': x = x[:, :n].flatten(1)
+    else: x = self.attn_pool(x if self.config.pool_prefix else x[:, n:])
     return self.pool_norm(x)
 
 @patch
 def intermediates(self: ViT, x: Tensor) -> dict[str, Tensor]:  # 'embed', 'block0', ..., 'norm', 'pooled', 'logits'
     "What `forward` computes from images `(b c h w)`, with every step kept under its name"
+    rotary = self._rotary(x)
     out = {'embed': (x := self.embed(x))}
-    for i, block in enumerate(self.encoder.blocks): out[f'block{i}'] = x = block(x)
+    for i, block in enumerate(self.encoder.blocks): out[f'block{i}'] = x = block(x, rotary=rotary)
     out['norm'] = x = self.encoder.norm(x)
     out['pooled'] = x = self.pool(x)
     return out | {'logits': self.head(x)}
@@ -322,7 +363,8 @@ def init_weights(self: ViT):
     for name, m in self.named_modules():
         if isinstance(m, nn.Conv2d): nn.init.trunc_normal_(m.weight, std=m.weight[0].numel()**-0.5)
         elif isinstance(m, nn.Linear):    # q, k and v are three layers that share one matrix
-            for w in m.weight.chunk(3 if name.endswith('qkv') else 1): nn.init.xavier_uniform_(w)
+            parts = 3 if name.endswith('qkv') else 2 if c.gated and name.endswith('fc1') else 1
+            for w in m.weight.chunk(parts): nn.init.xavier_uniform_(w)
         elif isinstance(m, AttentionPool): nn.init.normal_(m.probe, std=c.dim**-0.5)
         if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
     if c.positions == 'learned': nn.init.normal_(self.pos_embed, std=c.pos_std)
