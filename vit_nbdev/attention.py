@@ -178,9 +178,11 @@ def _check_context(attn, x, context):
     if context.device != x.device:
         raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
 
-def _check_inputs(attn, x, context, mask):
+def _check_inputs(attn, x, context, mask, rotary=None):
     "Raise an error if `attn`, a `MultiHeadAttention`, can't work with these inputs"
     _check_context(attn, x, context)
+    if rotary is not None and context is not None:
+        raise ValueError("rotary positions are those of one sequence: leave out rotary or context")
     if mask is None: return
     b, n, m = x.shape[0], x.shape[1], (x if context is None else context).shape[1]
     _check_mask(mask, (b, attn.n_heads, n, m))
@@ -235,9 +237,7 @@ class MultiHeadAttention(nn.Module):
         mask: Tensor|None = None,     # `(n m)` or `(b|1 h|1 n|1 m|1)`; True = may attend, or a float added to scores
         rotary: tuple|None = None,    # cosines and sines `(m head_dim)` for the last `m` tokens, as `rotate` takes them
     ) -> Tensor:                      # `(b n dim)`
-        _check_inputs(self, x, context, mask)
-        if rotary is not None and context is not None:
-            raise ValueError("rotary positions are those of one sequence: leave out rotary or context")
+        _check_inputs(self, x, context, mask, rotary)
         if context is None: q, k, v = self.queries_keys_values(x)
         else: q, (k, v) = self.queries(x), self.keys_values(context)
         if rotary is not None: q, k = rotate(q, *rotary), rotate(k, *rotary)

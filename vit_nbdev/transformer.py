@@ -178,6 +178,7 @@ class LayerScale(nn.Module):
         return x*self.gamma
 
 # %% ../nbs/01_transformer.ipynb #ed488cc2
+# longer than 40 lines: a third of it documents the arguments
 class EncoderBlock(nn.Module):
     "Attention between the tokens, then a network on each, with skip connections (Vaswani 2017; pre-norm as in ViT)"
     def __init__(self,
