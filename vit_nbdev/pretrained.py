@@ -244,7 +244,7 @@ def _configure(w, origin, facts, changes):
     if shapes['embed_norm']: usual['norm_eps'] = 1e-5                                     # CLIP
     if shapes['gated']: usual['act'] = 'silu'
     if 'dinov3' in origin: usual['rotary'] = 'dinov3'
-    if 'n_heads' not in known | changes: usual['n_heads'] = _n_heads(shapes['dim'])
+    if 'n_heads' not in known | changes: usual['n_heads'] = _n_heads(shapes['dim'], shapes['gated'])
     if origin == 'vit_nbdev': _agree(known, shapes)
     told = {k: v for k, v in known.items() if k not in shapes or k in _TOLD or origin == 'vit_nbdev'}
     if shapes['pool'] in ('prefix', 'cls+mean') and origin != 'vit_nbdev': told.pop('pool', None)    # the head's width
@@ -260,9 +260,9 @@ def _configure(w, origin, facts, changes):
     if shapes['cls_token'] and shapes['pool'] == 'cls' and 'pool' not in known | changes: assumed['pool'] = 'cls'
     return old, replace(old, **changes), assumed
 
-def _n_heads(dim):
+def _n_heads(dim, gated=False):
     "The usual number of heads of a published model"
-    width = WIDTHS.get(dim, 64)
+    width = 64 if gated and dim < 4096 else WIDTHS.get(dim, 64)      # DINOv2's g, DINOv3's H+: gated, and 64
     if dim >= 192 and dim % width == 0: return dim//width
     raise ValueError(f"the weights don't tell the number of heads, and dim={dim} is no published size: pass n_heads")
 
@@ -589,7 +589,7 @@ VARIANTS = {   # what timm's architectures have that their weights don't tell; l
     'clip|beit3': dict(norm_eps=1e-5), '^eva': dict(norm_eps=1e-6), 'eva_large': dict(norm_eps=1e-6),
     'quickgelu': dict(act='quick_gelu'), 'base_patch16_gap': dict(n_heads=16),
     'patch32_siglip|so400m_patch16_siglip|large_patch16_siglip.*512|giantopt': dict(act='gelu_tanh'),
-    'huge_plus.*dinov3': dict(n_heads=20), 'giant.*lingbot': dict(n_heads=24), 'dinov3|lingbot': _TURNS,
+    'huge_plus.*dinov3': dict(n_heads=20), 'giant.*(lingbot|dinov2|tipsv2)': dict(n_heads=24), 'dinov3|lingbot': _TURNS,
     '^eva02': dict(rotary='eva02', rotary_size=16), '^test_vit2?$': dict(n_heads=2), '^test_vit3$': dict(n_heads=3),
     r'rope_(ape_)?\d': dict(rotary='rope_vit', order='xy'), 'rope_reg': dict(rotary='eva02', rotary_size=16),
     'pe_(core|lang|spatial)': _PE | dict(order='xy'), 'pe_core': dict(pool_heads=8, pool_prefix=True),
@@ -832,7 +832,7 @@ def _fold(w, origin, changes, report):
 def _in_halves(w, facts):
     "Rows of q and k in our order: pairs of neighbouring channels become pairs from the two halves of a head"
     dim = w['encoder.blocks.0.norm1.weight'].shape[0]
-    d = dim//facts['config'].get('n_heads', 0) if 'n_heads' in facts['config'] else dim//_n_heads(dim)
+    d = dim//(facts['config'].get('n_heads') or _n_heads(dim))
     pairs = torch.arange(d//2)
     if facts['order'] == 'xy': pairs = pairs.roll(-(d//4))             # columns before rows: we have rows first
     order = torch.cat([2*pairs, 2*pairs + 1])
