@@ -294,7 +294,8 @@ def test_wrappers(wrap):
 
 def test_a_frozen_model_is_healthy_and_said_to_be_frozen():
     report = diagnose(bugs.ViT().requires_grad_(False), **bugs.images(), show=False)
-    assert report and [(f.check, f.detail) for f in report] == [('parameters', 'parameters are trained: all are frozen')]
+    found = [(f.check, f.detail) for f in report]
+    assert report and found == [('parameters', 'parameters are trained: all are frozen')]
     report = diagnose(bugs.ViT(attn=bugs.TorchAttention).requires_grad_(False), **bugs.images(), show=False)
     assert (report.findings[0].check, report.findings[0].module) == ('batch', 'blocks.0.attn')
 
