@@ -12,8 +12,9 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
     license_expression="Apache-2.0",
-    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["assets/*"]},
+    # assets has no __init__.py, but setuptools counts a folder of data as a package, too, and warns if it isn't named
+    packages=[*find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), cfg["lib_path"] + ".assets"],
+    package_data={cfg["lib_path"] + ".assets": ["*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "peers", "browser")},
