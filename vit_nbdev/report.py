@@ -96,7 +96,7 @@ def _show(ax, image):
 def _title(i, targets, probs, labels):
     "Prediction and probability of image `i`, and the true class where it is another"
     p, t = probs[i].argmax().item(), targets[i].item()
-    title = f'{plain(labels[p], 14)} {percent(probs[i, p].item(), 0)}'
+    title = f'{plain(labels[p], 14)}: {percent(probs[i, p].item(), 0)}'
     return title if p == t else f'{title}\ntrue: {plain(labels[t], 14)}'
 
 # %% ../nbs/08_report.ipynb #rep00030
