@@ -58,7 +58,8 @@ def test_a_trained_model_is_right_by_every_way(way, loaders, trained, capsys):
 
 def test_it_says_what_it_changed(capsys):
     dls = digits_dls(device='cpu')
-    normalise_as(dls, Preprocessing(8, [128.], [64.], in_chans=1, scale=1.))      # of a model that takes pixels up to 255
+    # of a model that takes pixels up to 255
+    normalise_as(dls, Preprocessing(8, [128.], [64.], in_chans=1, scale=1.))
     assert 'expects: mean 0.502, std 0.251 (before: mean 0.306, std 0.376)' in capsys.readouterr().out
     x = dls.valid.dataset.x[:180]
     torch.testing.assert_close(torch.Tensor(dls.valid.one_batch()[0]), (x - 128.)/64, atol=1e-5, rtol=1e-5)

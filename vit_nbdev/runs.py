@@ -25,7 +25,7 @@ from fastcore.basics import noop
 from fastcore.imports import in_notebook
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -262,6 +262,34 @@ def save_model(
     save_file(weights, str(path/'model.safetensors'))
     (path/'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
+# %% ../nbs/09_runs.ipynb #run00022
+def _read_config(file):
+    "Configuration, preprocessing and the whole of a run's `config.json`; ValueError if they don't fit each other"
+    config = json.loads(file.read_text(encoding='utf-8'))
+    c, prep = ViTConfig(**config['model']), Preprocessing.from_dict(config['preprocessing'])
+    h, w = prep.img_size
+    wanted = dict(labels=c.n_classes, img_size=c.img_size, in_chans=c.in_chans)
+    found = dict(labels=len(prep.labels), img_size=h if h == w else (h, w), in_chans=prep.in_chans)
+    for name, value in wanted.items():
+        if found[name] != value: raise ValueError(f"preprocessing has {name} for {found[name]}, the model for {value}")
+    return c, prep, config
+
+def _read_weights(file, config):
+    "The weights in `file`; ValueError if they are not those of a model with this configuration, or not finite"
+    with safe_open(str(file), 'pt') as f:
+        names = f.keys()
+        shapes = {name: list(f.get_slice(name).get_shape()) for name in names}
+    blocks = {name.split('.')[2] for name in shapes if name.startswith('encoder.blocks.')}
+    if len(blocks) != config.depth: raise ValueError(f"it has {len(blocks)} blocks, config.json says {config.depth}")
+    with torch.device('meta'): expected = ViT(config).state_dict()
+    if shapes != {name: list(x.shape) for name, x in expected.items()}: raise ValueError("names or shapes differ")
+    weights = load_file(file)
+    for name, x in weights.items():
+        if x.is_floating_point() != expected[name].is_floating_point(): raise ValueError(f"{name} is {x.dtype}")
+        if not x.isfinite().all(): raise ValueError(f"{name} holds numbers that are not finite")
+    return weights
+
+# %% ../nbs/09_runs.ipynb #run00023
 def load_model(
     path: str|Path,          # a run folder
 ) -> tuple[ViT, dict]:       # the model, ready to predict, with its `.preprocessing`; and the whole of `config.json`
@@ -271,17 +299,16 @@ def load_model(
     for name in ('config.json', 'model.safetensors'):
         if not (path/name).is_file():
             raise FileNotFoundError(f"{path} lacks {name}, so it is no finished run: give a folder that vit_train made")
-    try:
-        config = json.loads((path/'config.json').read_text(encoding='utf-8'))
-        model = ViT(ViTConfig(**config['model']))
-        preprocessing = Preprocessing.from_dict(config['preprocessing'])
-    except (KeyError, TypeError, ValueError) as e:
+    try: c, preprocessing, config = _read_config(path/'config.json')
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         why = f'{type(e).__name__}: {e}'
         raise ValueError(f"{path/'config.json'} is damaged ({why}): train again, or restore the file") from e
-    try: model.load_state_dict(load_file(path/'model.safetensors'))
-    except (SafetensorError, RuntimeError) as e:
-        raise ValueError(f"{path/'model.safetensors'} is damaged or belongs to another model: "
+    try: weights = _read_weights(path/'model.safetensors', c)
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{path/'model.safetensors'} is damaged or belongs to another model ({e}): "
                          "train again, or restore the file") from e
+    model = ViT(c)
+    model.load_state_dict(weights)
     model.preprocessing = preprocessing
     return model.eval(), config
 
