@@ -589,3 +589,42 @@ def test_exercise(number):
     assert stub.startswith('#| eval: false') and check.startswith('#| eval: false')
     with pytest.raises(AssertionError, match='returns nothing yet'): exec(stub + '\n' + check, names)
     exec(solution + '\n' + check, names)
+
+# ---- rotary positions, gated feed-forward networks, norms inside
+
+TURNED = dict(positions='none', rotary='dinov3', gated=True, act='silu', inner_norms='both', cls_token=True,
+              n_registers=2, pool='prefix', img_size=16, patch_size=4, dim=16, n_heads=2, depth=2, n_classes=3)
+
+@pytest.mark.parametrize('kind', ['dinov3', 'eva02', 'pe', 'rope_vit'])
+def test_scores_depend_on_the_distance_alone(kind):
+    from vit_nbdev.attention import rotate
+    from vit_nbdev.transformer import rotary_2d
+    cos, sin = (a.double() for a in rotary_2d(4, 6, 16, kind))
+    q, k = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k = (rotate(a.expand(1, 1, 24, 16), cos, sin)[0, 0].unflatten(0, (4, 6)) for a in (q, k))
+    close(q.norm(dim=-1), q[0, 0].norm().expand(4, 6), 1e-6)
+    for dy, dx in ((0, 1), (1, 0), (2, 3)):
+        scores = torch.stack([q[y, x] @ k[y + dy, x + dx] for y in range(4 - dy) for x in range(6 - dx)])
+        close(scores, scores[0].expand(len(scores)), 2e-6)
+        assert (scores[0] - q[0, 0] @ k[0, 0]).abs() > 1e-3
+
+def test_rotary_gradients_checkpointing_and_recording():
+    from vit_nbdev.attention import record_attention
+    model = fill(ViT(ViTConfig(**TURNED))).double()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model, (x,), atol=1e-6, fast_mode=True)
+    x = torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    with torch.no_grad(), record_attention(model) as maps: plain = model(x)
+    assert {m.shape for m in maps.values()} == {(2, 2, 15, 15)}
+    model.checkpointing = True
+    close(model(x), plain, 1e-12)
+    close(model.intermediates(x)['logits'], plain, 1e-12)
+    moved = model(x.roll(4, dims=2))                    # without rotary positions, the mean of patches would not notice
+    assert (moved - plain).abs().max() > 1e-3
+
+def test_rotary_models_compile_and_export(tmp_path):
+    model = fill(ViT(ViTConfig(**TURNED)))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+        close(exported(x), model(x), 1e-5)
