@@ -66,7 +66,7 @@ class Preprocessing:
         return _from_dict(cls, values, where)
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0018
-# longer than 40 lines: `_check_field` has a rule for each field
+# longer than 40 lines: a rule for each field
 _CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
                interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
 
