@@ -10,6 +10,7 @@ __all__ = ['ImageTensors', 'TensorDL', 'shift_mat', 'Elastic', 'small_affine', '
 # %% ../nbs/03_data.ipynb #70751237
 import os, shutil, tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastai.data.transforms import CategoryMap, Category, IntToFloatTensor, Norm
 from fastai.imports import Transform
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW
 from fastai.vision.augment import AffineCoordTfm, affine_mat, flip_mat, rotate_mat, zoom_mat
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from sklearn.datasets import load_digits
@@ -37,23 +39,28 @@ class ImageTensors:
     n_inp = 1
     def __init__(self,
         x: Tensor,           # images `(n c h w)`, uint8
-        y: Tensor,           # labels `(n)`, integers below `len(vocab)`
+        y: Tensor|None,      # labels `(n)`, integers below `len(vocab)`; None: unknown
         vocab: list[str],    # the classes' names
         split_idx: int = 1,  # 0 for training data, which is augmented; 1 for all else
+        preprocessing: Preprocessing|None = None,  # how files become such images, for predictions
     ):
         _check_images(x, y, vocab)
-        self.x, self.y, self.split_idx = x, y.long(), split_idx
+        self.x, self.y = x, None if y is None else y.long()
+        self.split_idx, self.preprocessing = split_idx, preprocessing
         self.vocab = CategoryMap(vocab, sort=False)
         self.image_type = TensorImageBW if x.shape[1] == 1 else TensorImage
 
     def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.image_type(self.x[i]), TensorCategory(self.y[i])
+    def __getitem__(self, i):
+        x = self.image_type(self.x[i])
+        return (x,) if self.y is None else (x, TensorCategory(self.y[i]))
     def decode(self, item, full=True): return item[0], Category(self.vocab[int(item[1])])
 
 def _check_images(x, y, vocab):
     "Refuse images and labels that don't belong together"
     if x.dtype != torch.uint8 or x.dim() != 4:
         raise ValueError(f"images are {x.dtype} of shape {tuple(x.shape)}, expected uint8 (n, c, h, w)")
+    if y is None: return
     if len(x) != len(y): raise ValueError(f"there are {len(x)} images but {len(y)} labels")
     n = len(vocab)
     if len(y) and not 0 <= y.min() <= y.max() < n:
@@ -62,7 +69,53 @@ def _check_images(x, y, vocab):
 class TensorDL(TfmdDL):
     "A fastai loader that takes a batch out of `ImageTensors` by one indexing operation"
     def create_batches(self, samps):
-        for idxs in self.chunkify(samps): yield self.dataset[torch.tensor(list(idxs))]
+        for idxs in self.chunkify(samps): yield self.dataset[torch.tensor(list(idxs), dtype=torch.long)]
+
+# %% ../nbs/03_data.ipynb #fa000002
+@patch(as_prop=True)
+def c(self: ImageTensors) -> int: return len(self.vocab)
+
+@patch(as_prop=True)
+def items(self: ImageTensors) -> list:
+    "Image and label of each, for what fastai looks up by index"
+    return list(zip(self.x, [None]*len(self) if self.y is None else self.y.tolist()))
+
+@patch
+@contextmanager
+def set_split_idx(self: ImageTensors, i: int):
+    "Augment as training data inside the block (0), or not (1)"
+    before, self.split_idx = self.split_idx, i
+    try: yield self
+    finally: self.split_idx = before
+
+@patch
+def new_empty(self: ImageTensors) -> ImageTensors:
+    "The same without any image, to be exported"
+    return ImageTensors(self.x[:0], self.x.new_zeros(0), list(self.vocab), self.split_idx, self.preprocessing)
+
+# %% ../nbs/03_data.ipynb #fa000004
+@patch
+def of(
+    self: ImageTensors,
+    items: list,        # files, PIL images, arrays, uint8 tensors `(c h w)`; or pairs of such and a label
+) -> ImageTensors:
+    "The same for other images"
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
+    def read(item):
+        if isinstance(item, Tensor) and item.dtype == torch.uint8 and item.shape == self.x.shape[1:]: return item
+        if isinstance(item, Tensor):
+            raise ValueError(f"got {item.dtype} of shape {tuple(item.shape)}, expected uint8 {tuple(self.x.shape[1:])}")
+        if self.preprocessing is None: raise ValueError("these loaders don't know how a file becomes an image")
+        return self.preprocessing(item)
+    x, y = [read(item).as_subclass(Tensor).cpu() for item, _ in pairs], [label for _, label in pairs]
+    labels = None if None in y else torch.tensor(y)
+    return ImageTensors(torch.stack(x), labels, list(self.vocab), 1, self.preprocessing)
+
+@patch
+def new(self: TensorDL, dataset=None, cls=None, **kwargs):
+    "A loader like this one, for another dataset, or for a list of images as `ImageTensors.of` takes it"
+    if isinstance(dataset, (list, tuple, L)): dataset = self.dataset.of(list(dataset))
+    return super(TensorDL, self).new(dataset, cls, **kwargs)
 
 # %% ../nbs/03_data.ipynb #9c923fcd
 def shift_mat(
@@ -173,15 +226,16 @@ def tensor_dls(
     if preprocessing is None:
         _, c, h, w = train[0].shape
         preprocessing = Preprocessing((h, w), *channel_stats(train[0]), in_chans=c)
+    preprocessing = replace(preprocessing, labels=tuple(map(str, vocab)))
     tfms = [IntToFloatTensor(), Normalize.from_stats(preprocessing.mean, preprocessing.std, cuda=False)]
     tfms += L([small_affine()] if augment is True else augment or [])
     def loader(i, split):
-        ds = ImageTensors(*split, vocab, split_idx=int(i > 0))
+        ds = ImageTensors(*split, vocab, split_idx=int(i > 0), preprocessing=preprocessing)
         if i: return TensorDL(ds, bs=max(bs, 256), after_batch=tfms, num_workers=0)
         return TensorDL(ds, bs=bs, shuffle=True, drop_last=len(ds) > bs, after_batch=tfms, num_workers=0)
     dls = DataLoaders(*(loader(i, split) for i, split in enumerate((train, valid, test))), device=device)
     dls.to(dls.device)
-    dls.preprocessing = replace(preprocessing, labels=tuple(map(str, vocab)))
+    dls.preprocessing = preprocessing
     return dls
 
 # %% ../nbs/03_data.ipynb #68db2ef2

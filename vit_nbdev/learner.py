@@ -22,8 +22,8 @@ from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import CancelEpochException, Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.metrics import accuracy, accuracy_multi
 from fastai.optimizer import Adam, Optimizer
 from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.torch_core import get_model
@@ -89,6 +89,14 @@ def _build(dls, model, pretrained):
     from vit_nbdev.pretrained import load_pretrained
     return load_pretrained(pretrained, **_images(dls))
 
+def _loss(dls, label_smoothing):
+    "The loss that the loaders name (several labels an image, or numbers), else cross-entropy; and the usual metrics"
+    named = getattr(dls.train_ds, 'loss_func', None)
+    if named is None or isinstance(named, CrossEntropyLossFlat):
+        return CrossEntropyLossFlat(label_smoothing=label_smoothing), [accuracy]
+    if label_smoothing: raise ValueError(f"label_smoothing needs one class an image, but the loaders ask for {named}")
+    return named, [accuracy_multi] if isinstance(named, BCEWithLogitsLossFlat) else []
+
 # %% ../nbs/04_learner.ipynb #lrn00002
 def normalise_as(
     dls: DataLoaders,              # fastai's, whose batches are scaled from 0 to 1; changed in place
@@ -124,14 +132,15 @@ def vit_learner(
     layer_decay: float|None = None,  # a block's learning rate as a fraction of that of the block above (Clark 2020)
     label_smoothing: float = 0.,   # fraction of a label's weight that is spread over all classes (Szegedy 2015)
     pretrained: str|Path|dict|None = None,  # published weights, a source of `load_pretrained`, in place of `model`
-    metrics=accuracy,              # shown after each epoch
+    metrics=None,                  # shown after each epoch; default: accuracy, if each image has one class
     **kwargs,                      # the other arguments of `Learner`: `loss_func`, `opt_func`, `cbs`, `path`, ...
 ) -> ViTLearner:                   # a fastai `Learner`, on the device of `dls`
-    "A fastai `Learner` that trains a Vision Transformer with AdamW and cross-entropy"
+    "A fastai `Learner` that trains a Vision Transformer with AdamW, and cross-entropy or the loaders' own loss"
     model = _build(dls, model, pretrained)
     if isinstance(prep := getattr(model, 'preprocessing', None), dict): prep = Preprocessing.from_dict(prep)
     if prep is not None: normalise_as(dls, prep)
-    defaults = dict(loss_func=CrossEntropyLossFlat(label_smoothing=label_smoothing), opt_func=adamw, train_bn=False)
+    loss, usual = _loss(dls, label_smoothing)
+    defaults = dict(loss_func=loss, opt_func=adamw, train_bn=False)
     if isinstance(model, ViT): defaults['splitter'] = partial(vit_groups, per_block=layer_decay is not None)
     if layer_decay is not None:
         if not isinstance(model, ViT):
@@ -139,6 +148,7 @@ def vit_learner(
                             "pass a splitter and a slice of learning rates")
         if not 0 < layer_decay <= 1: raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
         lr = slice(lr*layer_decay**(model.config.depth + 1), lr)   # fastai spaces the groups' rates by equal factors
+    metrics = usual if metrics is None else metrics
     return ViTLearner(dls, model, lr=lr, wd=wd, metrics=metrics, **defaults | kwargs)
 
 # %% ../nbs/04_learner.ipynb #69c0f83b
