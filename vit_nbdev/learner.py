@@ -137,7 +137,7 @@ def vit_learner(
 ) -> ViTLearner:                   # a fastai `Learner`, on the device of `dls`
     "A fastai `Learner` that trains a Vision Transformer with AdamW, and cross-entropy or the loaders' own loss"
     model = _build(dls, model, pretrained)
-    if isinstance(prep := getattr(model, 'preprocessing', None), dict): prep = Preprocessing.from_dict(prep)
+    prep = getattr(model, 'preprocessing', None)
     if prep is not None: normalise_as(dls, prep)
     loss, usual = _loss(dls, label_smoothing)
     defaults = dict(loss_func=loss, opt_func=adamw, train_bn=False)

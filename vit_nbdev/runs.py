@@ -462,7 +462,6 @@ def trained_model(
     if preprocessing is None:
         raise ValueError("the model does not say how its images are prepared: "
                          "set model.preprocessing = Preprocessing(...)")
-    if isinstance(preprocessing, dict): preprocessing = Preprocessing.from_dict(preprocessing)
     return model.eval(), preprocessing
 
 # %% ../nbs/09_runs.ipynb #run00013
