@@ -570,8 +570,8 @@ def test_every_name_builds(name):
 # ---- the exercises of the chapter
 
 NOTEBOOK = Path(__file__).parent.parent/'nbs'/'02_vit.ipynb'
-NEEDED = ('import os', 'pixels =', 'class Block', 'class SimpleViT', 'data = load_digits', 'def fit',
-          '@torch.no_grad()\ndef accuracy')
+NEEDED = ('import os', 'pixels =', 'class Block', 'class SimpleViT', 'data = load_digits', 'order = ',
+          'x_train, y_train', 'def fit', '@torch.no_grad()\ndef accuracy')
 
 @pytest.mark.parametrize('number', [1, 2, 3])
 def test_exercise(number):
