@@ -16,14 +16,16 @@ from vit_nbdev.runs import explain, load_model, predict, save_model, train
 
 ROOT = Path(__file__).parent.parent
 
-RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'mistakes.png', 'model.safetensors', 'predictions.png', 'report.html', 'samples'}
+RUN_FILES = {'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'mistakes.png', 'model.safetensors',
+             'predictions.png', 'report.html', 'samples'}
 
 def command(name): return [str(Path(sys.executable).parent/name)]    # the program that pip installed
 
 def start(name, *args, cwd):
-    return subprocess.Popen([*command(name), *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {'PYTHONUNBUFFERED': '1'},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's background jobs ignore it
+    return subprocess.Popen([*command(name), *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {'PYTHONUNBUFFERED': '1'},
+                            # a shell's background jobs ignore it
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 def shell(name, *args, cwd):
     process = start(name, *args, cwd=cwd)
@@ -50,24 +52,31 @@ def test_train_leaves_a_whole_run(trained):
     assert f"test accuracy: {config['test_accuracy']:.2%}".replace('%', ' %') + ' (n=360)' in out
     assert '1,257 images to train, 180 to validate, 360 to test' in out and '136,010 parameters' in out
     for name in ('curves', 'confusion', 'predictions'):
-        with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10   # something is drawn
+        # something is drawn
+        with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10
 
 def test_recipes_say_what_was_measured():
     "The figures in `RECIPES` are those that a notebook printed, or that its study wrote down"
     cells = json.loads((ROOT/'nbs'/'09_runs.ipynb').read_text(encoding='utf-8'))['cells']
     lines = [line for c in cells for o in c.get('outputs', []) for line in o.get('text', [])]
     for name in ('digits', 'mnist-quick'):
-        found = [re.match(rf'{name}, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line) for line in lines]
+        found = [re.match(rf'{name}, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line)
+                 for line in lines]
         accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
         assert len(accuracies) == 3 and set(epochs) == {RECIPES[name].epochs}
-        assert RECIPES[name].measured == f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} % (3 seeds), {seconds.mean():.0f} s on two CPU cores'
-    for recipe, study, row, note, cores in (('mnist', 'mnist_record', 'record, convolutional stem', '', 'two CPU cores'),
-                                            ('fashion_mnist', 'other_images', 'fashion_mnist', '; not the original split', 'two CPU cores'),
-                                            ('cifar10', 'other_images', 'cifar10', '; JPEG images', 'one CPU core')):
+        accuracy = f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} %'
+        assert RECIPES[name].measured == f'{accuracy} (3 seeds), {seconds.mean():.0f} s on two CPU cores'
+    studies = [('mnist', 'mnist_record', 'record, convolutional stem', '', 'two CPU cores'),
+               ('fashion_mnist', 'other_images', 'fashion_mnist', '; not the original split', 'two CPU cores'),
+               ('cifar10', 'other_images', 'cifar10', '; JPEG images', 'one CPU core')]
+    for recipe, study, row, note, cores in studies:
         rows = [json.loads(line) for line in (ROOT/'nbs'/'studies'/f'{study}.jsonl').read_text().splitlines()]
-        test, seconds, epochs, threads = np.array([(r['test'], r['seconds'], r['epochs'], r['threads']) for r in rows if r['name'] == row]).T
-        assert len(test) == 3 and set(epochs) == {RECIPES[recipe].epochs} and set(threads) == {2 if cores.startswith('two') else 1}
-        assert RECIPES[recipe].measured == f'{test.mean():.2f} ± {test.std(ddof=1):.2f} % (3 seeds{note}), {seconds.mean()/60:.0f} min on {cores}'
+        columns = ('test', 'seconds', 'epochs', 'threads')
+        test, seconds, epochs, threads = np.array([[r[c] for c in columns] for r in rows if r['name'] == row]).T
+        assert len(test) == 3 and set(epochs) == {RECIPES[recipe].epochs}
+        assert set(threads) == {2 if cores.startswith('two') else 1}
+        accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', seconds.mean()/60
+        assert RECIPES[recipe].measured == f'{accuracy} (3 seeds{note}), {minutes:.0f} min on {cores}'
 
 def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch):
     "... and one with a change does not; here a recipe that is quick"
@@ -96,9 +105,11 @@ def test_predict_agrees_with_the_test_accuracy(trained, capsys):
 def test_predict_names_a_bad_file_and_reads_the_others(trained):
     cwd, _ = trained
     (cwd/'note.png').write_text('no image')
-    code, out, err = shell('vit_predict', 'runs/digits', 'note.png', 'runs/digits/samples/0-5.png', 'nowhere.png', cwd=cwd)
+    code, out, err = shell('vit_predict', 'runs/digits', 'note.png', 'runs/digits/samples/0-5.png', 'nowhere.png',
+                           cwd=cwd)
     assert code == 1 and out.startswith('runs/digits/samples/0-5.png: ') and len(out.splitlines()) == 1
-    assert err.splitlines() == ["vit_predict: note.png can't be read as an image: replace it or take it away", 'vit_predict: there is no file nowhere.png',
+    assert err.splitlines() == ["vit_predict: note.png can't be read as an image: replace it or take it away",
+                                'vit_predict: there is no file nowhere.png',
                                 'vit_predict: 2 of 3 files could not be read']
 
 def test_predict_reads_folders_and_names_the_likeliest(trained, capsys):
@@ -111,11 +122,13 @@ def test_predict_reads_folders_and_names_the_likeliest(trained, capsys):
         p = [float(x) for x in re.findall(r'\(([0-9.]+) %\)', line)]
         assert len(p) == 3 and p == sorted(p, reverse=True) and sum(p) <= 100.1
     (cwd/'empty').mkdir()
-    with pytest.raises(SystemExit, match='there is no image in the folder'): vit_predict.__wrapped__(str(run), [str(cwd/'empty')])
-    with pytest.raises(SystemExit, match='top is 0, but must be above zero'): vit_predict.__wrapped__(str(run), [str(run/'samples')], top=0)
+    with pytest.raises(SystemExit, match='there is no image in the folder'):
+        vit_predict.__wrapped__(str(run), [str(cwd/'empty')])
+    with pytest.raises(SystemExit, match='top is 0, but must be above zero'):
+        vit_predict.__wrapped__(str(run), [str(run/'samples')], top=0)
 
 def test_predict_with_published_weights(trained, capsys, tmp_path):
-    "A file of weights with its configuration beside it says what the run says; weights alone ask for what they can't know"
+    "Weights with their configuration beside them say what the run says; weights alone ask for what they can't know"
     run = trained[0]/'runs'/'digits'
     said = []
     for source, pretrained in ((run, False), (run/'model.safetensors', True)):
@@ -124,7 +137,8 @@ def test_predict_with_published_weights(trained, capsys, tmp_path):
     assert [r['class'] for r in said[0]] == [r['class'] for r in said[1]]
     for a, b in zip(*said): assert abs(a['probability'] - b['probability']) < 1e-4
     shutil.copy(run/'model.safetensors', tmp_path/'bare.safetensors')
-    with pytest.raises(SystemExit, match="the weights don't tell the number of heads"): vit_predict.__wrapped__(str(tmp_path/'bare.safetensors'), [str(run/'samples')], pretrained=True)
+    with pytest.raises(SystemExit, match="the weights don't tell the number of heads"):
+        vit_predict.__wrapped__(str(tmp_path/'bare.safetensors'), [str(run/'samples')], pretrained=True)
 
 def test_a_folder_is_prepared_as_its_run_says(tmp_path, monkeypatch):
     "Crop and interpolation of the loaders are those of a prediction"
@@ -145,13 +159,15 @@ def test_same_seed_same_run(tmp_path):
 def test_force_replaces_a_run_and_nothing_else(tmp_path, capsys):
     vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'run')
     first = (tmp_path/'run'/'config.json').read_text()
-    with pytest.raises(SystemExit, match='--force to replace'): vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'run')
+    with pytest.raises(SystemExit, match='--force to replace'):
+        vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'run')
     assert (tmp_path/'run'/'config.json').read_text() == first
     vit_train.__wrapped__(epochs=1, seed=1, device='cpu', out=tmp_path/'run', force=True)
     assert json.loads((tmp_path/'run'/'config.json').read_text())['settings']['seed'] == 1
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('three years')
-    with pytest.raises(SystemExit, match='not a run of vit_train'): vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'mine', force=True)
+    with pytest.raises(SystemExit, match='not a run of vit_train'):
+        vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'mine', force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['mine', 'run'] and (tmp_path/'mine'/'thesis.txt').exists()
 
 def fake_mnist(path, n=130):
@@ -159,7 +175,8 @@ def fake_mnist(path, n=130):
     raw = path/'MNIST'/'raw'
     raw.mkdir(parents=True)
     for part in ('train', 't10k'):
-        for name, x in (('images-idx3', np.random.default_rng(0).integers(256, size=(n, 28, 28))), ('labels-idx1', np.arange(n) % 10)):
+        for name, x in (('images-idx3', np.random.default_rng(0).integers(256, size=(n, 28, 28))),
+                        ('labels-idx1', np.arange(n) % 10)):
             head = bytes([0, 0, 8, x.ndim]) + b''.join(s.to_bytes(4, 'big') for s in x.shape)
             (raw/f'{part}-{name}-ubyte').write_bytes(head + x.astype(np.uint8).tobytes())
     return raw
@@ -182,7 +199,8 @@ def test_real_mnist():
     from vit_nbdev.data import mnist_dls
     dls = mnist_dls(device='cpu')
     assert [len(dl.dataset) for dl in dls] == [55_000, 5_000, 10_000]
-    assert dls[2].dataset.y[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]              # the test set's well-known beginning
+    # the test set's well-known beginning
+    assert dls[2].dataset.y[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     assert abs(dls.preprocessing.mean[0] - 0.1307) < 5e-4 and abs(dls.preprocessing.std[0] - 0.3081) < 5e-4
 
 # --- bad input: one sentence, exit code not zero, no traceback, nothing left behind ---
@@ -201,7 +219,8 @@ BAD_TRAIN = {
     'no images':         (dict(data='other'), 'no folders with image files'),
     'unreadable image':  (dict(data='broken'), r"broken/dog/3.jpg can't be read as an image"),
     'size and patch':    (dict(model='S/16'), 'img_size=8 is not divisible by patch_size=16'),
-    'folder size':       (dict(data='broken', img_size=30), 'img_size=30 is not divisible by patch_size=4: .* 28 and 32'),
+    'folder size':       (dict(data='broken', img_size=30),
+                          'img_size=30 is not divisible by patch_size=4: .* 28 and 32'),
     'size of MNIST':     (dict(data='mnist', img_size=32), 'leave out --img_size'),
     'no epochs':         (dict(epochs=0), 'epochs is 0, but must be above zero'),
     'negative batch':    (dict(bs=-4), 'bs is -4, but must be above zero'),
@@ -218,7 +237,8 @@ BAD_TRAIN = {
     'precision':         (dict(precision='fp8'), "precision 'fp8' is not known: use fp32, bf16 or fp16"),
     'fp16 on a CPU':     (dict(precision='fp16'), 'precision fp16 needs a GPU, the device is cpu: use fp32'),
     'resume nothing':    (dict(resume='nowhere'), 'there is no unfinished run nowhere.part'),
-    'loss explodes':     (dict(lr=1e30), 'the loss is no longer a finite number in epoch 1.* try a lower --lr than 1e.30'),
+    'loss explodes':     (dict(lr=1e30),
+                          'the loss is no longer a finite number in epoch 1.* try a lower --lr than 1e.30'),
 }
 
 @pytest.fixture(scope='module')
@@ -250,7 +270,8 @@ def test_bad_training(name, traps, monkeypatch):
     if kwargs.get('device') == 'cuda' and torch.cuda.is_available(): pytest.skip('there is a GPU here')
     monkeypatch.chdir(traps)
     before = contents(traps)
-    with pytest.raises(SystemExit, match=sentence) as e: vit_train.__wrapped__(**{'epochs': 1, 'device': 'cpu'} | kwargs)
+    with pytest.raises(SystemExit, match=sentence) as e:
+        vit_train.__wrapped__(**{'epochs': 1, 'device': 'cpu'} | kwargs)
     assert str(e.value).startswith('vit_train: ') and '\n' not in str(e.value)
     assert contents(traps) == before
     assert not list(traps.rglob('.*'))                           # no hidden folder is left
@@ -261,14 +282,16 @@ def test_labels_that_stratify_refuses_are_no_traceback(traps, monkeypatch, tmp_p
         (tmp_path/'p'/name).mkdir(parents=True)
         for i in range(n): Image.new('L', (8, 8)).save(tmp_path/'p'/name/f'{i}.png')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="class 'few' has too few images"): vit_train.__wrapped__('p', epochs=1, device='cpu')
+    with pytest.raises(SystemExit, match="class 'few' has too few images"):
+        vit_train.__wrapped__('p', epochs=1, device='cpu')
 
 BAD_RUNS = {
     'no folder':       (lambda run: shutil.rmtree(run), 'there is no run folder'),
     'no weights':      (lambda run: (run/'model.safetensors').unlink(), 'lacks model.safetensors'),
     'no config':       (lambda run: (run/'config.json').unlink(), 'lacks config.json'),
     'bad json':        (lambda run: (run/'config.json').write_text('{'), 'config.json is damaged'),
-    'other config':    (lambda run: (run/'config.json').write_text('{"model": {"depth": "deep"}}'), 'config.json is damaged'),
+    'other config':    (lambda run: (run/'config.json').write_text('{"model": {"depth": "deep"}}'),
+                        'config.json is damaged'),
     'cut weights':     (lambda run: (run/'model.safetensors').write_bytes(b'12345678'), 'model.safetensors is damaged'),
 }
 
@@ -283,7 +306,9 @@ def test_bad_run(name, trained, tmp_path):
 
 def test_sentence_on_the_terminal(tmp_path):
     code, out, err = shell('vit_train', '--data', 'minst', cwd=tmp_path)
-    assert code == 1 and out == '' and err.strip() == "vit_train: there is no data set 'minst' and no folder of that name; did you mean mnist or fashion_mnist?"
+    assert code == 1 and out == ''
+    assert err.strip() == ("vit_train: there is no data set 'minst' and no folder of that name; "
+                           "did you mean mnist or fashion_mnist?")
     code, out, _ = shell('vit_predict', '--help', cwd=tmp_path)
     assert code == 0 and 'a run folder that vit_train made' in out and 'images [images ...]' in out
 
@@ -314,7 +339,8 @@ def test_interrupt_can_be_resumed(tmp_path):
     assert re.search(r'stopped by Ctrl-C after [0-9]+ epochs; go on with: vit_train --resume runs/digits', err)
     assert [p.name for p in (tmp_path/'runs').iterdir()] == ['digits.part']
     code, _, err = shell('vit_train', '--epochs', 1, '--out', 'runs/digits', cwd=tmp_path)
-    assert code == 1 and 'runs/digits.part is an unfinished run: go on with --resume runs/digits, or --force to begin anew' in err
+    said = 'runs/digits.part is an unfinished run: go on with --resume runs/digits, or --force to begin anew'
+    assert code == 1 and said in err
 
 def test_interrupt_before_anything_was_learned(tmp_path):
     code, out, err = interrupt(tmp_path, lambda: (tmp_path/'runs'/'digits.part').exists())
@@ -341,7 +367,8 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
         process = start('vit_train', *args, cwd=tmp_path)
         before, wait = epochs_of(tmp_path/'killed.part'/'metrics.csv'), rng.uniform(0, 1.5)
         while process.poll() is None and epochs_of(tmp_path/'killed.part'/'metrics.csv') <= before: time.sleep(0.005)
-        while process.poll() is None and not (tmp_path/'killed.part'/'checkpoint.pt').exists(): time.sleep(0.005)   # it comes after the metrics
+        # it comes after the metrics
+        while process.poll() is None and not (tmp_path/'killed.part'/'checkpoint.pt').exists(): time.sleep(0.005)
         time.sleep(wait if attempt else 0.)          # anywhere in the epochs that follow; the first time early
         process.kill()
         process.communicate()
@@ -378,7 +405,8 @@ BAD_RESUMES = {
     'other epochs':  (lambda f: None, dict(epochs=7), 'was begun with --epochs 500, not 7'),
     'with out':      (lambda f: None, dict(out='elsewhere'), 'leave out --out and --force'),
     'other images':  (lambda f: edit(f, images='0123'), {}, 'the training images are not those'),
-    'newer format':  (lambda f: torch.save(torch.load(f, weights_only=True) | {'format': 99}, f), {}, 'format 99, .* update vit_nbdev'),
+    'newer format':  (lambda f: torch.save(torch.load(f, weights_only=True) | {'format': 99}, f), {},
+                      'format 99, .* update vit_nbdev'),
     'other weights': (lambda f: edit(f, changes=dict(depth=3)), {}, 'holds another model'),
     'truncated':     (lambda f: f.write_bytes(f.read_bytes()[:-500]), {}, 'is damaged or no checkpoint'),
     'no checkpoint': (lambda f: f.write_bytes(b'hello'), {}, 'is damaged or no checkpoint'),
@@ -391,12 +419,14 @@ def test_bad_resume(name, unfinished, tmp_path):
     part = shutil.copytree(unfinished/'run.part', tmp_path/'run.part')
     damage(part/'checkpoint.pt')
     before = contents(tmp_path)
-    with pytest.raises(SystemExit, match=sentence) as e: vit_train.__wrapped__(resume=str(tmp_path/'run'), device='cpu', **kwargs)
+    with pytest.raises(SystemExit, match=sentence) as e:
+        vit_train.__wrapped__(resume=str(tmp_path/'run'), device='cpu', **kwargs)
     assert '\n' not in str(e.value) and 'Exception occured' not in str(e.value)
     assert contents(tmp_path) == before or name == 'other weights'     # what could be of use is still there
 
 def test_finished_runs_are_not_resumed(trained):
-    with pytest.raises(SystemExit, match='is finished: there is nothing to resume'): vit_train.__wrapped__(resume=str(trained[0]/'runs'/'digits'))
+    with pytest.raises(SystemExit, match='is finished: there is nothing to resume'):
+        vit_train.__wrapped__(resume=str(trained[0]/'runs'/'digits'))
 
 def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(tmp_path):
     "The disk is full: one sentence, and the good file is still there"
@@ -405,7 +435,8 @@ def test_a_checkpoint_that_cant_be_written_leaves_the_last_one(tmp_path):
     file = tmp_path/'checkpoint.pt'
     save_atomic(dict(format=FORMAT, epoch=3), file)
     (tmp_path/'checkpoint.pt.tmp').symlink_to('/dev/full')
-    with pytest.raises(OSError, match="can't write .*checkpoint.pt .*; .*checkpoint.pt, which was written before, is whole"):
+    with pytest.raises(OSError,
+                       match="can't write .*checkpoint.pt .*; .*checkpoint.pt, which was written before, is whole"):
         save_atomic(dict(format=FORMAT, epoch=4, x=torch.zeros(100_000)), file)
     assert load_checkpoint(file)['epoch'] == 3 and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
 
@@ -421,7 +452,8 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, 1e-3 + 2e-4*i)
                 for _ in range(50): save_atomic(dict(format=FORMAT, weights=weights), file)
-                raise KeyboardInterrupt       # Python swallows one that comes while it tidies up: rare, and then there is nothing to see
+                # Python swallows one that comes while it tidies up: rare, and then there is nothing to see
+                raise KeyboardInterrupt
             assert load_checkpoint(file)['format'] == FORMAT
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -449,7 +481,8 @@ dls = deal(digits_dls(bs=60, augment=False, device='cpu'))
 learn = vit_learner(dls, 'digits', cbs=Seen())
 with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, 3e-3)
 weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-torch.save(dict(weights=weights, seen=learn.seen.seen, values=list(learn.recorder.values[-1])), f'{sys.argv[1]}-{rank_distrib()}.pt')
+result = dict(weights=weights, seen=learn.seen.seen, values=list(learn.recorder.values[-1]))
+torch.save(result, f'{sys.argv[1]}-{rank_distrib()}.pt')
 """
 
 def torchrun(n, *args, cwd): return shell('torchrun', '--standalone', f'--nproc_per_node={n}', *args, cwd=cwd)
@@ -466,16 +499,19 @@ def test_two_processes_train_as_one(tmp_path):
     change = (one['weights'] - a['weights']).abs().max()
     assert change < 2e-4, change                       # rounding; the weights have moved by about 0.1
     assert len(one['seen']) == len(a['seen']) == len(b['seen'])
-    for whole, x, y in zip(one['seen'], a['seen'], b['seen']): assert sorted(whole) == sorted(x + y) and len(x) == len(y) == 30
+    for whole, x, y in zip(one['seen'], a['seen'], b['seen']):
+        assert sorted(whole) == sorted(x + y) and len(x) == len(y) == 30
 
 def test_vit_train_in_two_processes(tmp_path):
     "One run folder, written by the first process; a batch that can't be dealt is refused"
-    code, out, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=2, bs=64, device='cpu', out='run'), cwd=tmp_path)
+    code, out, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=2, bs=64, device='cpu', out='run'),
+                              cwd=tmp_path)
     assert code == 0, err
     assert out.count('test accuracy') == 1 and 'processes: 2' in out
     assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES and [p.name for p in tmp_path.iterdir()] == ['run']
     assert json.loads((tmp_path/'run'/'config.json').read_text())['processes'] == 2
-    code, _, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=1, bs=63, device='cpu', out='odd'), cwd=tmp_path)
+    code, _, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=1, bs=63, device='cpu', out='odd'),
+                            cwd=tmp_path)
     assert code != 0 and "a batch of 63 can't be dealt to 2 processes" in err
     assert [p.name for p in tmp_path.iterdir()] == ['run']
 
@@ -486,13 +522,15 @@ def test_predict_and_explain_see_identical_inputs(tmp_path, monkeypatch):
     from vit_nbdev.vit import vit
     model = vit('mnist', in_chans=3, img_size=(28, 56)).eval()
     torch.nn.init.normal_(model.head.weight)
-    prep = Preprocessing((28, 56), [0.4]*3, [0.2, 0.3, 0.4], crop_pct=0.4, interpolation='bicubic', labels=list('abcdefghij'))
+    prep = Preprocessing((28, 56), [0.4]*3, [0.2, 0.3, 0.4], crop_pct=0.4, interpolation='bicubic',
+                         labels=list('abcdefghij'))
     save_model(model, tmp_path/'run', prep)
     rng = np.random.default_rng(0)
     for i, shape in enumerate([(300, 100, 3), (40, 90, 3), (7, 7)]):
         Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(tmp_path/f'{i}.png')
     files, seen = sorted(tmp_path.glob('*.png')), []
-    monkeypatch.setattr(type(model), 'embed', lambda self, x, embed=type(model).embed: (seen.append(x), embed(self, x))[1])
+    embed = type(model).embed
+    monkeypatch.setattr(type(model), 'embed', lambda self, x: (seen.append(x), embed(self, x))[1])
     predicted = predict(tmp_path/'run', files, device='cpu')
     explain(tmp_path/'run', files, tmp_path/'page.html', device='cpu')
     first, *others = seen
@@ -517,7 +555,8 @@ def test_a_run_that_died_while_it_was_drawn_is_finished_without_training(tmp_pat
     def killed(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(runs, 'draw_pictures', killed)
-        with pytest.raises(KeyboardInterrupt, match='stopped by Ctrl-C after 2 epochs'): train(epochs=2, device='cpu', out=tmp_path/'run')
+        with pytest.raises(KeyboardInterrupt, match='stopped by Ctrl-C after 2 epochs'):
+            train(epochs=2, device='cpu', out=tmp_path/'run')
     weights = (tmp_path/'run.part'/'model.safetensors').read_bytes()
     run = train(resume=tmp_path/'run', device='cpu')
     assert {p.name for p in run.iterdir()} == RUN_FILES and (run/'model.safetensors').read_bytes() == weights
@@ -535,12 +574,14 @@ def test_a_log_that_nobody_watches_has_a_line_per_epoch(tmp_path):
     code, out, err = shell('vit_train', '--epochs', 3, '--device', 'cpu', cwd=tmp_path)
     lines = [line for line in out.splitlines() if line.startswith('epoch ')]
     assert code == 0 and len(lines) == 3 and len(out) < 2500 and '\r' not in out
-    assert re.match(r'epoch 3/3  train_loss [\d.]+  valid_loss [\d.]+  accuracy [\d.]+  [\d.]+ s an epoch, 0 s left', lines[-1])
+    assert re.match(r'epoch 3/3  train_loss [\d.]+  valid_loss [\d.]+  accuracy [\d.]+  [\d.]+ s an epoch, 0 s left',
+                    lines[-1])
 
 def test_names_that_the_terminal_lacks(tmp_path, monkeypatch):
     "A class in Chinese letters on a terminal of western Europe: escaped, no traceback"
     from vit_nbdev.vit import vit
     save_model(vit('digits'), tmp_path/'run', Preprocessing(8, [0.5], [0.5], in_chans=1, labels=['汉字']*10))
     Image.new('L', (8, 8)).save(tmp_path/'a.png')
-    done = subprocess.run([*command('vit_predict'), 'run', 'a.png'], cwd=tmp_path, capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
+    done = subprocess.run([*command('vit_predict'), 'run', 'a.png'], cwd=tmp_path, capture_output=True,
+                          env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
     assert done.returncode == 0 and b'\\u6c49\\u5b57 (10.0 %)' in done.stdout, done.stderr

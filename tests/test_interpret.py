@@ -1,6 +1,5 @@
 """Attention maps, what is made of them, and the page: against explicit attention in float64, on every kind of model."""
-import base64, html, io, json, math, os, re, shutil, subprocess, sys, zlib
-from functools import partial
+import base64, html, io, json, math, re, shutil, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,10 @@ from torch.nn import functional as F
 
 from vit_nbdev import interpret
 from vit_nbdev.interpret import (METHODS, area, attention_distance, attention_entropy, attention_maps,
-                                 attention_rollout, deletion_insertion, embedding_map, explore, fill_page, head_similarity, heat_map, plot_attention_distance, plot_patch_filters,
-                                 plot_position_similarity, randomization_check, rank_correlation, relevance, show_attention, show_heads)
+                                 attention_rollout, deletion_insertion, embedding_map, explore, fill_page,
+                                 head_similarity, heat_map, plot_attention_distance, plot_patch_filters,
+                                 plot_position_similarity, randomization_check, rank_correlation, relevance,
+                                 show_attention, show_heads)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.vit import vit
 
@@ -45,7 +46,8 @@ def make(seed=0, **changes):
 
 def images(model, n=3, seed=1):
     c = model.config
-    return torch.randn(n, c.in_chans, *c._sides, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
+    return torch.randn(n, c.in_chans, *c._sides,
+                       generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
 
 def prep_of(x, labels, mean=0., std=1.):
     "How the images `x` were prepared"
@@ -76,7 +78,8 @@ def explicit(model, x):
     elif c.pool == 'mean': pooled = x[:, model.n_prefix:].mean(1)
     else:
         pool, seen = model.attn_pool, x[:, model.n_prefix:]
-        q, k, v = (F.linear(t, w, b) for t, w, b in zip((pool.probe.expand(len(x), -1, -1), seen, seen), pool.attn.qkv.weight.chunk(3), pool.attn.qkv.bias.chunk(3)))
+        q, k, v = (F.linear(t, w, b) for t, w, b in zip((pool.probe.expand(len(x), -1, -1), seen, seen),
+                                                        pool.attn.qkv.weight.chunk(3), pool.attn.qkv.bias.chunk(3)))
         y = attend(pool.attn, heads(q, pool.attn), heads(k, pool.attn), heads(v, pool.attn))
         pooled = (y + pool.mlp(pool.norm(y)))[:, 0]
     return model.head(model.pool_norm(pooled)), maps
@@ -118,7 +121,9 @@ def test_batch_size_does_not_matter(model):
     one = lambda f: torch.cat([f(model, x[i:i + 1]) for i in range(5)])
     for f in (attention_maps, lambda m, t: attention_rollout(attention_maps(m, t)), relevance):
         torch.testing.assert_close(f(model, x), one(f), atol=1e-5, rtol=1e-4)
-    for method in METHODS: torch.testing.assert_close(heat_map(model, x, method, target=torch.arange(5), bs=2), heat_map(model, x, method, target=torch.arange(5)), atol=1e-5, rtol=1e-4)
+    for method in METHODS:
+        torch.testing.assert_close(heat_map(model, x, method, target=torch.arange(5), bs=2),
+                                   heat_map(model, x, method, target=torch.arange(5)), atol=1e-5, rtol=1e-4)
 
 def test_rollout_is_a_sum_over_all_paths():
     "Independent of any matrix product: a token's share is summed over every way through the blocks, by loops"
@@ -129,9 +134,11 @@ def test_rollout_is_a_sum_over_all_paths():
         for a in range(n):
             for b in range(n):
                 two = sum(steps[image, 1, a, i]*steps[image, 0, i, b] for i in range(n))
-                three = sum(steps[image, 2, a, i]*steps[image, 1, i, j]*steps[image, 0, j, b] for i in range(n) for j in range(n))
+                three = sum(steps[image, 2, a, i]*steps[image, 1, i, j]*steps[image, 0, j, b]
+                            for i in range(n) for j in range(n))
                 assert ours[image, 0, a, b] == pytest.approx(steps[image, 0, a, b], abs=1e-12)
-                assert ours[image, 1, a, b] == pytest.approx(two, abs=1e-12) and ours[image, 2, a, b] == pytest.approx(three, abs=1e-12)
+                assert ours[image, 1, a, b] == pytest.approx(two, abs=1e-12)
+                assert ours[image, 2, a, b] == pytest.approx(three, abs=1e-12)
 
 def test_rollout_rows_sum_to_one(model):
     maps = attention_maps(model, images(model))
@@ -182,7 +189,8 @@ def test_relevance_depends_on_the_class_and_the_others_do_not():
     x = images(model)
     a, b = (heat_map(model, x, target=t) for t in (2, 7))
     assert rank_correlation(a.flatten(1), b.flatten(1)).max() < 0.999
-    for method in ('attention', 'rollout'): assert torch.equal(heat_map(model, x, method, target=2), heat_map(model, x, method, target=7))
+    for method in ('attention', 'rollout'):
+        assert torch.equal(heat_map(model, x, method, target=2), heat_map(model, x, method, target=7))
 
 def test_heat_map_reads_what_the_head_reads(model):
     x = images(model)
@@ -224,19 +232,22 @@ def test_distance_entropy_and_similarity_by_hand():
     maps = torch.stack([own, even, right])[None, None]
     places = [(r, c) for r in range(2) for c in range(3)]
     mean = sum(math.dist(a, b) for a in places for b in places)/36
-    torch.testing.assert_close(attention_distance(maps, (2, 3), 10), torch.tensor([[[0., 10*mean, 40/3]]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(attention_distance(maps, (2, 3), 10), torch.tensor([[[0., 10*mean, 40/3]]]),
+                               atol=1e-4, rtol=0)
     torch.testing.assert_close(attention_entropy(maps), torch.tensor([[[0., math.log2(6), 0.]]]), atol=1e-5, rtol=0)
     with_prefix = F.pad(maps*0.5, (2, 0, 2, 0), value=0.25)                    # tokens in front change no distance
-    torch.testing.assert_close(attention_distance(with_prefix, (2, 3), 10), attention_distance(maps, (2, 3), 10), atol=1e-4, rtol=0)
+    torch.testing.assert_close(attention_distance(with_prefix, (2, 3), 10), attention_distance(maps, (2, 3), 10),
+                               atol=1e-4, rtol=0)
     maps = attention_maps(make(), images(make()))
     heads = maps.permute(1, 2, 0, 3, 4).reshape(6, -1)
     np.testing.assert_allclose(head_similarity(maps), np.corrcoef(heads.numpy()), atol=1e-4)
 
 # --- are the maps right? ---
 
-@pytest.mark.parametrize('changes', [dict(pool='cls', img_size=(8, 12)), dict(pool='mean', stem='conv', img_size=(7, 11))], ids=['patches', 'conv_stem'])
+@pytest.mark.parametrize('changes', [dict(pool='cls', img_size=(8, 12)),
+                                     dict(pool='mean', stem='conv', img_size=(7, 11))], ids=['patches', 'conv_stem'])
 def test_deletion_and_insertion_step_by_step(changes):
-    "Against a loop over patches with slices, on a grid that is not square; the stem's last row and column are half outside"
+    "Against a loop over patches with slices, not on a square; the stem's last row and column are half outside"
     model = make(**changes)
     x, scores = images(model), torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
     deletion, insertion = deletion_insertion(model, x, scores, fill=-0.4)
@@ -249,10 +260,12 @@ def test_deletion_and_insertion_step_by_step(changes):
                 assert model(image[None]).softmax(1)[0, target].item() == pytest.approx(curve[i, k].item(), abs=1e-5)
             if k == 24: break
             r, c = order[k]
-            gone[:, 2*r:2*r + 2, 2*c:2*c + 2], back[:, 2*r:2*r + 2, 2*c:2*c + 2] = -0.4, x[i, :, 2*r:2*r + 2, 2*c:2*c + 2]
+            gone[:, 2*r:2*r + 2, 2*c:2*c + 2] = -0.4
+            back[:, 2*r:2*r + 2, 2*c:2*c + 2] = x[i, :, 2*r:2*r + 2, 2*c:2*c + 2]
     assert deletion.std() > 0.01
     torch.testing.assert_close(deletion_insertion(model, x, scores, fill=-0.4, bs=2)[0], deletion, atol=1e-5, rtol=0)
-    torch.testing.assert_close(deletion_insertion(model, x, scores, target=4)[0][:, 0], model(x).softmax(1)[:, 4], atol=1e-5, rtol=0)
+    torch.testing.assert_close(deletion_insertion(model, x, scores, target=4)[0][:, 0], model(x).softmax(1)[:, 4],
+                               atol=1e-5, rtol=0)
 
 def test_area():
     line = torch.linspace(1, 0, 17)[None]
@@ -270,9 +283,12 @@ def test_randomization_check():
     out = {m: randomization_check(model, x, m) for m in METHODS}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert list(out['rollout']) == ['head', 'block 2', 'block 1', 'block 0', 'embedding']
-    for m in METHODS: assert all(v.shape == (40,) and v.abs().max() < 1 + 1e-6 for v in out[m].values()) and out[m]['embedding'].mean().abs() < 0.5
+    for m in METHODS:
+        assert all(v.shape == (40,) and v.abs().max() < 1 + 1e-6 for v in out[m].values())
+        assert out[m]['embedding'].mean().abs() < 0.5
     cls = make(pool='cls')
-    assert (randomization_check(cls, images(cls), 'rollout')['head'] > 1 - 1e-6).all()       # the head has no part in it
+    # the head has no part in it
+    assert (randomization_check(cls, images(cls), 'rollout')['head'] > 1 - 1e-6).all()
     assert (randomization_check(cls, images(cls), 'relevance')['head'] < 1 - 1e-3).any()
 
 # --- figures ---
@@ -292,7 +308,8 @@ def clipped(fig):
     from matplotlib.text import Text
     fig.savefig(io.BytesIO())                                                  # which lays the figure out
     w, h = fig.bbox.size
-    boxes = {t.get_text(): t.get_window_extent() for t in fig.findobj(Text) if t.get_text() and t.get_visible() and t.axes is not None and t.axes.axison | (t is t.axes.title)}
+    boxes = {t.get_text(): t.get_window_extent() for t in fig.findobj(Text) if t.get_text() and t.get_visible()
+             and t.axes is not None and t.axes.axison | (t is t.axes.title)}
     return [text for text, b in boxes.items() if b.x0 < -1 or b.y0 < -1 or b.x1 > w + 1 or b.y1 > h + 1]
 
 def test_figures_of_every_model(model, tmp_path):
@@ -319,7 +336,8 @@ def test_show_attention_says_what_it_shows():
     fig = show_attention(model, x[0], preprocessing=prep)
     assert fig.axes[0].get_title() == f'{"abcdefghij"[p.argmax()]}: {p.max():.1%}'
     np.testing.assert_allclose(fig.axes[0].images[0].get_array(), (x[0, 0]*0.25 + 0.5).clamp(0, 1), atol=1e-6)
-    for ax, method in zip(fig.axes[1:], METHODS): np.testing.assert_allclose(ax.images[0].get_array(), heat_map(model, x[:1], method)[0], atol=1e-6)
+    for ax, method in zip(fig.axes[1:], METHODS):
+        np.testing.assert_allclose(ax.images[0].get_array(), heat_map(model, x[:1], method)[0], atol=1e-6)
     assert show_attention(model, x[0], 'relevance', target=4).axes[0].get_title().startswith('4: ')
 
 def test_colours_are_those_of_the_bar():
@@ -346,13 +364,15 @@ def test_preprocessing_as_dict_and_as_object():
     prep = prep_of(x, 'abcdefghij', mean=0.5, std=0.25)
     as_read = json.loads(json.dumps(prep.to_dict()))
     assert explore(model, x, None, prep) == explore(model, x, None, as_read)
-    with pytest.raises(ValueError, match='preprocessing lacks img_size'): show_attention(model, x[0], preprocessing=dict(mean=[0.], std=[1.]))
+    with pytest.raises(ValueError, match='preprocessing lacks img_size'):
+        show_attention(model, x[0], preprocessing=dict(mean=[0.], std=[1.]))
 
 def test_show_heads_of_a_patch():
     model = make(pool='cls', n_registers=1, img_size=(8, 12))
     x = images(model)
     fig, w = show_heads(model, x[0], query=(1, 3)), attention_maps(model, x[:1])[0]
-    for i, ax in enumerate(fig.axes[:6]): np.testing.assert_allclose(ax.images[0].get_array(), w[i//2, i % 2, 2 + 1*6 + 3, 2:].view(4, 6), atol=1e-6)
+    for i, ax in enumerate(fig.axes[:6]):
+        np.testing.assert_allclose(ax.images[0].get_array(), w[i//2, i % 2, 2 + 1*6 + 3, 2:].view(4, 6), atol=1e-6)
 
 def test_attention_distance_figure_has_the_values():
     model = make(pool='cls')
@@ -367,12 +387,14 @@ def test_embedding_map_marks_the_mistakes():
     y = model(x).argmax(1)
     y[:4] = (y[:4] + 1) % 10
     ax = embedding_map(model, x, y, prep_of(x, 'abcdefghij')).axes[0]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['mistakes: 4 of 30'] and len(ax.collections[-1].get_offsets()) == 4
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['mistakes: 4 of 30']
+    assert len(ax.collections[-1].get_offsets()) == 4
     assert {t.get_text() for t in ax.texts} == {'abcdefghij'[i] for i in y.unique()}
 
 # --- bad input: one sentence each ---
 
-def bad(f, message, kind=ValueError, **changes): return pytest.param(f, message, kind, changes, id=re.sub(r'\W+', '_', message)[:50])
+def bad(f, message, kind=ValueError, **changes):
+    return pytest.param(f, message, kind, changes, id=re.sub(r'\W+', '_', message)[:50])
 
 X = torch.zeros(2, 1, 8, 8)
 BAD = [
@@ -399,10 +421,12 @@ BAD = [
     bad(lambda m: show_attention(m, X[0], target=11), 'target=11, but the model has 10 classes'),
     bad(lambda m: relevance(m, X, torch.zeros(3).long()), 'expected a class index, or 2 of them'),
     bad(lambda m: relevance(m, X, 1.5), 'target is torch.float32 of shape (), expected a class index'),
-    bad(lambda m: heat_map(m, X, target=torch.tensor([1]), bs=1), 'target is torch.int64 of shape (1,), expected a class index, or 2 of them'),
+    bad(lambda m: heat_map(m, X, target=torch.tensor([1]), bs=1),
+        'target is torch.int64 of shape (1,), expected a class index, or 2 of them'),
     bad(lambda m: deletion_insertion(m, X, torch.rand(2, 4, 4), target=10), 'target=10, but the model has 10 classes'),
     bad(lambda m: relevance(m, X), 'the model has no head (n_classes=0)', n_classes=0),
-    bad(lambda m: deletion_insertion(m, X, torch.rand(2, 3, 3)), 'scores have shape (2, 3, 3), expected a number per patch: (2, 4, 4)'),
+    bad(lambda m: deletion_insertion(m, X, torch.rand(2, 3, 3)),
+        'scores have shape (2, 3, 3), expected a number per patch: (2, 4, 4)'),
     bad(lambda m: explore(m, X, titles=['a']), 'there are 1 titles but 2 images'),
     bad(lambda m: explore(m, X[:0]), 'images are empty'),
     bad(lambda m: explore(m, X[0]), 'got one image of shape'),
@@ -419,7 +443,8 @@ def test_bad_input(f, message, kind, changes):
 
 # --- the page ---
 
-def data_of(page): return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 def weights_of(entry, name, scale, n):
     levels = np.frombuffer(zlib.decompress(base64.b64decode(entry[name])), np.uint8).reshape(-1, n, n)
@@ -436,14 +461,16 @@ def test_page_holds_the_weights(model):
             step = true.amax(dim=(1, 2), keepdim=True).numpy()/255
             assert (np.abs(weights_of(entry, name, scale, n) - true.numpy()) <= 0.5001*step).all()
         assert [label for label, _ in entry['probs']] == [str(i) for i in p.topk(5).indices.tolist()]
-        assert entry['probs'][0][1] == pytest.approx(p.max().item(), abs=1e-4) and sum(entry['read']) == pytest.approx(1, abs=1e-5)
+        assert entry['probs'][0][1] == pytest.approx(p.max().item(), abs=1e-4)
+        assert sum(entry['read']) == pytest.approx(1, abs=1e-5)
 
 def test_page_is_small_and_needs_no_network(tmp_path):
-    "Eight images of an MNIST model, also with patches that are finer than the preset's; all of it is noise, which packs badly"
+    "Eight images of an MNIST model, also with patches finer than the preset's; all of it is noise, which packs badly"
     for patch_size, size in (7, 150e3), (4, 500e3):
         model = vit('mnist', patch_size=patch_size)
         page = explore(model, images(model, 8), tmp_path/'page.html')
-        assert (tmp_path/'page.html').stat().st_size < size and (tmp_path/'page.html').read_text(encoding='utf-8') == page
+        assert (tmp_path/'page.html').stat().st_size < size
+        assert (tmp_path/'page.html').read_text(encoding='utf-8') == page
         assert not re.search(r'https?:|//cdn|@import|url\(|fetch\(|XMLHttp|import\s', page)
 
 def test_page_in_jupyter():
@@ -457,7 +484,8 @@ def test_hostile_names():
     model, evil = make(pool='cls'), '</script><img src=x onerror=alert(1)>'
     x = images(model)
     page = explore(model, x, None, prep_of(x, [evil]*10), titles=[evil]*3)
-    assert evil not in page and data_of(page)['images'][0]['title'] == evil and data_of(page)['images'][0]['probs'][0][0] == evil
+    first = data_of(page)['images'][0]
+    assert evil not in page and first['title'] == evil and first['probs'][0][0] == evil
 
 def test_a_page_of_a_photograph_is_small():
     "Ti/16 at 224 pixels: 1.4 MB of weights, 0.5 MB of rollout; and the pixels as JPEG, which a small image is not"
@@ -470,18 +498,20 @@ def test_a_page_of_a_photograph_is_small():
     assert data_of(explore(make(), images(make())))['images'][0]['src'].startswith('data:image/png')
 
 def test_pages_are_filled_safely():
-    "Text is text; a part that is missing is an error; and nothing in a file of the package ends the element it goes into"
+    "Text is text; a missing part is an error; and nothing in a file of the package ends the element it goes into"
     parts = dict(title='a < b & "c"', headline='1', summary='2', settings={'<i>': '</table>'},
                  pictures=[dict(title='"><script>', note='<b>', src='data:,')])
     page = fill_page('report.html', **parts)
     for evil in ('<script', '<i>', '<b>', '&lt;/table></td>'): assert evil not in page
     assert html.unescape(page).count('a < b & "c"') == 2 and '<td>&lt;/table&gt;</td>' in page
     import jinja2
-    with pytest.raises(jinja2.UndefinedError, match='settings'): fill_page('report.html', **parts | dict(settings=jinja2.StrictUndefined(name='settings')))
+    with pytest.raises(jinja2.UndefinedError, match='settings'):
+        fill_page('report.html', **parts | dict(settings=jinja2.StrictUndefined(name='settings')))
     del parts['headline']
     with pytest.raises(jinja2.UndefinedError, match="'headline' is undefined"): fill_page('report.html', **parts)
     for path in ASSETS.iterdir():
-        if path.suffix != '.html': assert not re.search(r'</(script|style)|<!--', path.read_text(encoding='utf-8'), re.I), path.name
+        if path.suffix != '.html':
+            assert not re.search(r'</(script|style)|<!--', path.read_text(encoding='utf-8'), re.I), path.name
 
 ASSETS = Path(interpret.__file__).parent/'assets'
 
@@ -499,7 +529,8 @@ def test_no_page_in_python():
 
 @pytest.fixture(scope='module')
 def browser():
-    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install playwright')
+    playwright = pytest.importorskip('playwright.sync_api',
+                                     reason='playwright is not installed: pip install playwright')
     path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
     if path is None: pytest.skip('no chromium on the PATH')
     with playwright.sync_playwright() as p:
@@ -518,7 +549,8 @@ def open_page(browser, tmp_path):
         labels = [f'class {i}' for i in range(model.config.n_classes)]
         explore(model, x, tmp_path/'page.html', prep_of(x, labels), compress=compress)
         tab.on('pageerror', lambda e: troubles.append(str(e)))
-        tab.on('console', lambda m: 'willReadFrequently' in m.text or troubles.append(m.text))     # advice for a test that reads pixels
+        # advice for a test that reads pixels
+        tab.on('console', lambda m: 'willReadFrequently' in m.text or troubles.append(m.text))
         tab.on('request', lambda r: r.url.startswith(('file:', 'data:')) or troubles.append(r.url))
         if before: tab.add_init_script(before)
         tab.goto((tmp_path/'page.html').as_uri())
@@ -536,7 +568,8 @@ def point(tab, where, row, col, rows=4, cols=4, click=False):
 
 def shown(tab):
     "The numbers of the table under the large picture, in the order of the tokens"
-    cells = tab.eval_on_selector_all('td[data-token]', 'cells => cells.map(c => [c.dataset.token, c.dataset.value, c.textContent])')
+    cells = tab.eval_on_selector_all('td[data-token]',
+                                     'cells => cells.map(c => [c.dataset.token, c.dataset.value, c.textContent])')
     values = {int(t): float(v) for t, v, _ in cells}
     assert all(text == f'{100*float(v):.1f} %' or abs(float(text[:-2]) - 100*float(v)) < 0.051 for _, v, text in cells)
     return np.array([values[t] for t in range(len(values))])
@@ -559,7 +592,8 @@ def test_hovering(open_page):
     point(tab, '#picture', 2, 3)
     assert all(a != b for a, b in zip(before, (pixels(tab, '#map'), pixels(tab, '#picture'), pixels(tab, '#heads'))))
     assert close_to(shown(tab), w[2, 0], 2 + 2*4 + 3) and not close_to(shown(tab), w[2, 0], 2 + 1)
-    point(tab, '#picture', 1, 1, click=True)                       # held: the pointer may leave without changing anything
+    # held: the pointer may leave without changing anything
+    point(tab, '#picture', 1, 1, click=True)
     point(tab, '#picture', 3, 3)
     assert close_to(shown(tab), w[2, 0], 2 + 5) and '(held)' in tab.inner_text('#said')
     point(tab, '#map', 2, 0)
@@ -614,7 +648,8 @@ def test_scale_of_the_heads(open_page):
     tab, maps = open_page(model, x), attention_maps(model, x[:1])[0]
     point(tab, '#picture', 0, 0)
     cell = """([k, i]) => { const c = document.querySelectorAll('#heads canvas')[k];
-        return [...c.getContext('2d').getImageData((i % 4 + .5)*c.width/4, (Math.floor(i/4) + .5)*c.height/4, 1, 1).data].slice(0, 3) }"""
+        const x = (i % 4 + .5)*c.width/4, y = (Math.floor(i/4) + .5)*c.height/4;
+        return [...c.getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3) }"""
     yellow = lambda k: tab.evaluate(cell, [k, maps[k//2, k % 2, 0].argmax().item()]) == [253, 231, 36]
     largest = maps[:, :, 0].amax(dim=-1).flatten().argmax().item()
     assert [k for k in range(6) if yellow(k)] == [largest] and 'Colours of all: 0 to' in tab.inner_text('#range')
@@ -628,13 +663,15 @@ def test_keyboard(open_page):
     point(tab, '#picture', 1, 1, click=True)
     place = lambda: re.search(r'head \d\. (.*?)( \(held\))? attends', tab.inner_text('#said'))[1]
     assert place() == 'row 1, column 1'
-    for key, expected in dict(ArrowRight='row 1, column 2', ArrowDown='row 2, column 2', ArrowLeft='row 2, column 1', ArrowUp='row 1, column 1').items():
+    for key, expected in dict(ArrowRight='row 1, column 2', ArrowDown='row 2, column 2', ArrowLeft='row 2, column 1',
+                              ArrowUp='row 1, column 1').items():
         tab.keyboard.press(key)
         assert place() == expected
     for _ in range(5): tab.keyboard.press('ArrowUp')
     assert place() == 'row 0, column 1'                            # it stays in the image
     assert close_to(shown(tab), w[0, 2, 0], 2 + 1)
-    for key, said in {'[': 'Block 1, head 0', 'h': 'Block 1, head 1', ']': 'Block 2, head 1', 'v': 'Block 2, mean of heads', 't': 'class token'}.items():
+    for key, said in {'[': 'Block 1, head 0', 'h': 'Block 1, head 1', ']': 'Block 2, head 1',
+                      'v': 'Block 2, mean of heads', 't': 'class token'}.items():
         tab.keyboard.press(key)
         assert said in tab.inner_text('#said')
     tab.keyboard.press('t')
@@ -643,7 +680,6 @@ def test_keyboard(open_page):
     assert '(held)' not in tab.inner_text('#said')
     for key in ('h', 'i'): tab.keyboard.press(key)
     assert close_to(shown(tab), w[1, 2, 0], 1)
-    scroll = tab.evaluate('scrollY')
     tab.evaluate('document.activeElement.blur()')
     tab.keyboard.press('ArrowDown')                                # without the focus the arrows scroll, as everywhere
     assert 'register 1' in tab.inner_text('#said')
@@ -655,7 +691,8 @@ def test_prediction_and_images(open_page):
     for i in range(3):
         tab.locator('#images button').nth(i).click()
         best = p[i].topk(5)
-        assert tab.locator('#probs').inner_text().split('\n') == [t for k, v in zip(best.indices, best.values) for t in (f'class {k}', f'{100*round(v.item(), 4):.1f} %')]
+        rows = [(f'class {k}', f'{100*round(v.item(), 4):.1f} %') for k, v in zip(best.indices, best.values)]
+        assert tab.locator('#probs').inner_text().split('\n') == [text for row in rows for text in row]
 
 @pytest.mark.parametrize('width', [320, 375])
 @pytest.mark.parametrize('kind', ['class token, registers', 'not square', 'twelve heads'])
@@ -665,13 +702,17 @@ def test_phone(open_page, width, kind):
     tab = open_page(model, images(model, 8), width=width, has_touch=True)
     tab.locator('summary').click()
     assert tab.evaluate('document.documentElement.scrollWidth') == width
-    assert tab.evaluate('[...document.querySelectorAll("button, canvas, .card")].every(e => e.getBoundingClientRect().right <= innerWidth)')
+    assert tab.evaluate('[...document.querySelectorAll("button, canvas, .card")]'
+                        '.every(e => e.getBoundingClientRect().right <= innerWidth)')
     tab.locator('#picture').tap()
     assert '(held)' in tab.inner_text('#said')
 
 def contrast(a, b):
     "Of two colours of CSS, as WCAG 2 defines it"
-    def light(c): return sum(w*(v/12.92 if v <= 0.04045 else ((v + 0.055)/1.055)**2.4) for w, v in zip((0.2126, 0.7152, 0.0722), (int(v)/255 for v in re.findall(r'\d+', c)[:3])))
+    def light(c):
+        rgb = [int(v)/255 for v in re.findall(r'\d+', c)[:3]]
+        linear = [v/12.92 if v <= 0.04045 else ((v + 0.055)/1.055)**2.4 for v in rgb]
+        return sum(w*v for w, v in zip((0.2126, 0.7152, 0.0722), linear))
     return (max(light(a), light(b)) + 0.05)/(min(light(a), light(b)) + 0.05)
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -681,17 +722,20 @@ def test_light_and_dark(open_page, scheme):
     style = lambda where, name: tab.eval_on_selector(where, f'e => getComputedStyle(e)["{name}"]')
     back, card = style('body', 'backgroundColor'), style('.card', 'backgroundColor')
     assert (contrast(back, 'rgb(0,0,0)') > 10) == (scheme == 'light')
-    for where in ('#said', 'figcaption', '#range', 'h2', 'dd', 'button', '#depth'): assert contrast(style(where, 'color'), card) > 4.5, where
+    for where in ('#said', 'figcaption', '#range', 'h2', 'dd', 'button', '#depth'):
+        assert contrast(style(where, 'color'), card) > 4.5, where
 
 def test_everything_has_a_name(open_page):
     "What a screen reader would say: no button, picture or slider without a name; labels that point somewhere"
     model = make(pool='mean', cls_token=True)
     tab = open_page(model, images(model))
-    nameless = """[...document.querySelectorAll('button, [role], input')].filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim() ||
+    nameless = """[...document.querySelectorAll('button, [role], input')].filter(e => !(
+        e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim() ||
         document.getElementById(e.getAttribute('aria-labelledby')))).map(e => e.outerHTML)"""
     assert tab.evaluate(nameless) == []
-    pointers = """[...document.querySelectorAll('[aria-describedby], [aria-labelledby], [for]')].flatMap(e =>
-        ['aria-describedby', 'aria-labelledby', 'for'].flatMap(a => (e.getAttribute(a) || '').split(' ').filter(Boolean))).filter(id => !document.getElementById(id))"""
+    pointers = """[...document.querySelectorAll('[aria-describedby], [aria-labelledby], [for]')]
+        .flatMap(e => ['aria-describedby', 'aria-labelledby', 'for'].map(a => e.getAttribute(a) || ''))
+        .flatMap(ids => ids.split(' ').filter(Boolean)).filter(id => !document.getElementById(id))"""
     assert tab.evaluate(pointers) == [] and tab.get_attribute('html', 'lang') == 'en'
 
 # --- published models, converted ---
@@ -699,7 +743,8 @@ def test_everything_has_a_name(open_page):
 def timm_maps(x):
     "A timm model with random weights, and the weights after its softmax where it is told not to fuse"
     timm = pytest.importorskip('timm')
-    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=3, num_heads=3, num_classes=10, reg_tokens=2).eval()
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=3, num_heads=3,
+                                          num_classes=10, reg_tokens=2).eval()
     maps = []
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -715,13 +760,15 @@ def torchvision_maps(x):
     inputs = []
     for layer in model.encoder.layers: layer.ln_1.register_forward_hook(lambda m, args, out: inputs.append(out))
     model(x)
-    for layer, t in zip(model.encoder.layers, inputs): maps.append(layer.self_attention(t, t, t, need_weights=True, average_attn_weights=False)[1])
+    for layer, t in zip(model.encoder.layers, inputs):
+        maps.append(layer.self_attention(t, t, t, need_weights=True, average_attn_weights=False)[1])
     return model, maps
 
 def transformers_maps(x):
     "The same of transformers, which returns them in its slow mode"
     transformers = pytest.importorskip('transformers')
-    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, image_size=32, patch_size=8,
+    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384,
+                                    image_size=32, patch_size=8,
                                     num_labels=10, attn_implementation='eager')
     model = transformers.ViTForImageClassification(config).eval()
     return model, model(x, output_attentions=True).attentions
@@ -738,7 +785,8 @@ def test_converted_models(published, tmp_path):
     assert model.config.n_registers == (2 if published is timm_maps else 0)
     for method in METHODS: assert heat_map(model, x, method).shape == (2, 4, 4) and heat_map(model, x, method).std() > 0
     double = model.double()
-    torch.testing.assert_close(relevance(double, x.double()), reference_relevance(double, x.double(), None), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(relevance(double, x.double()), reference_relevance(double, x.double(), None),
+                               atol=1e-9, rtol=1e-7)
     assert data_of(explore(model.float(), x))['prefix'][0] == 'class token'
     with pytest.raises(TypeError, match='vit_nbdev.pretrained converts published models'): attention_maps(theirs, x)
 
@@ -760,9 +808,11 @@ def folder(tmp_path, monkeypatch, run_folder):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run_folder, tmp_path/'run')
     rng = np.random.default_rng(0)
-    for i, shape in enumerate([(8, 8), (8, 8), (40, 30, 3)]): Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(f'{i}.png')
+    for i, shape in enumerate([(8, 8), (8, 8), (40, 30, 3)]):
+        Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(f'{i}.png')
     Path('note.png').write_text('no image')
-    Path('vit_explain.py').write_text('from vit_nbdev.cli import vit_explain\nif __name__ == "__main__": vit_explain()\n')
+    Path('vit_explain.py').write_text('from vit_nbdev.cli import vit_explain\n'
+                                      'if __name__ == "__main__": vit_explain()\n')
     return tmp_path
 
 def vit_explain(*args):
@@ -809,5 +859,9 @@ def test_vit_explain_replaces_a_page_when_told(folder):
     assert data_of(Path('page.html').read_text(encoding='utf-8'))['images'][0]['title'] == '1.png'
 
 def test_interpret_imports_nothing_heavy():
-    code = "import sys, vit_nbdev.interpret; loaded = {'fastai', 'matplotlib', 'sklearn', 'torchvision', 'pandas', 'IPython'} & set(sys.modules); assert not loaded, loaded"
+    code = """
+import sys, vit_nbdev.interpret
+loaded = {'fastai', 'matplotlib', 'sklearn', 'torchvision', 'pandas', 'IPython'} & set(sys.modules)
+assert not loaded, loaded
+"""
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,4 +1,4 @@
-"""Pictures of all shapes become the same numbers as in timm, torchvision and transformers, or the error says why not."""
+"""Pictures of all shapes become the numbers that timm, torchvision and transformers make, or the error says why not."""
 import json
 
 import numpy as np
@@ -11,7 +11,8 @@ from vit_nbdev.preprocessing import (Preprocessing, open_image, timm_preprocessi
                                      transformers_preprocessing)
 
 HALF = [0.5]*3
-SHAPES = [(1, 300), (300, 1), (1, 1), (10, 100), (100, 10), (640, 64), (64, 640), (3, 5), (223, 224), (225, 223), (341, 256),
+SHAPES = [(1, 300), (300, 1), (1, 1), (10, 100), (100, 10), (640, 64), (64, 640), (3, 5), (223, 224), (225, 223),
+          (341, 256),
           (256, 341), (343, 256), (500, 375), (375, 500), (640, 427), (427, 640), (1000, 100)]
 
 @pytest.fixture(scope='module')
@@ -47,7 +48,8 @@ def test_timm(name, pictures):
     assert max(steps(prep, theirs(p), p) for p in pictures) < 0.01
 
 @pytest.mark.parametrize('model, weights', [('vit_b_16', 'IMAGENET1K_V1'), ('vit_l_16', 'IMAGENET1K_V1'),
-                                            ('vit_b_16', 'IMAGENET1K_SWAG_E2E_V1'), ('vit_b_16', 'IMAGENET1K_SWAG_LINEAR_V1')])
+                                            ('vit_b_16', 'IMAGENET1K_SWAG_E2E_V1'),
+                                            ('vit_b_16', 'IMAGENET1K_SWAG_LINEAR_V1')])
 def test_torchvision(model, weights, pictures):
     from torchvision.models import get_model_weights
     theirs = get_model_weights(model)[weights].transforms()
@@ -62,7 +64,8 @@ TRANSFORMERS = {   # the class, what is changed in it, and how far we may be off
     'CLIP, integers':  ('CLIP', dict(size=224, crop_size=224)),
     'CLIP, too small': ('CLIP', dict(size=dict(shortest_edge=200))),
     'SigLIP':          ('Siglip', {}),
-    'DINOv2':          ('Bit', dict(size=dict(shortest_edge=256), image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])),
+    'DINOv2':          ('Bit', dict(size=dict(shortest_edge=256), image_mean=[0.485, 0.456, 0.406],
+                                    image_std=[0.229, 0.224, 0.225])),
     'do_resize':       ('CLIP', dict(do_resize=False)),
     'do_rescale':      ('ViT', dict(do_rescale=False, image_mean=[127.5]*3, image_std=[127.5]*3)),
     'rescale_factor':  ('ViT', dict(rescale_factor=1/127.5, image_mean=[1.]*3, image_std=[1.]*3)),
@@ -107,7 +110,8 @@ def test_what_files_hold(tmp_path):
     pixels = np.random.default_rng(1).integers(256, size=(28, 28)).astype(np.uint8)
     grey, colour = Preprocessing(28, [0.5], [0.5], in_chans=1), Preprocessing(28, HALF, HALF)
     Image.fromarray(pixels).save(tmp_path/'a.png')
-    assert (grey(tmp_path/'a.png')[0].numpy() == pixels).all() and (colour(str(tmp_path/'a.png')).numpy() == pixels).all()
+    assert (grey(tmp_path/'a.png')[0].numpy() == pixels).all()
+    assert (colour(str(tmp_path/'a.png')).numpy() == pixels).all()
     assert torch.equal(grey(pixels), grey(Image.open(tmp_path/'a.png')))
     Image.fromarray(pixels.astype(np.uint16)*257).save(tmp_path/'deep.png')
     assert (grey(tmp_path/'deep.png')[0].numpy() == pixels).all()
@@ -119,12 +123,14 @@ def test_what_files_hold(tmp_path):
     assert (grey(tmp_path/'side.png')[0].numpy() == pixels).all()
 
 @pytest.mark.parametrize('kind, values, value_range', [('floats', np.float32([[0, 1], [0.5, 0.25]]), (0, 1)),
-                                                       ('32-bit integers', np.int32([[0, 4095], [2048, 1024]]), (0, 4095)),
+                                                       ('32-bit integers', np.int32([[0, 4095], [2048, 1024]]),
+                                                        (0, 4095)),
                                                        ('floats', np.float32([[-1, 1], [0, -0.5]]), (-1, 1))])
 def test_black_and_white_must_be_known(kind, values, value_range, tmp_path):
     Image.fromarray(values).save(tmp_path/'a.tiff')
     prep = dict(img_size=2, mean=[0.5], std=[0.5], in_chans=1)
-    with pytest.raises(ValueError, match=f'a.tiff holds {kind}, whose black and white are not known'): Preprocessing(**prep)(tmp_path/'a.tiff')
+    with pytest.raises(ValueError, match=f'a.tiff holds {kind}, whose black and white are not known'):
+        Preprocessing(**prep)(tmp_path/'a.tiff')
     x = Preprocessing(**prep, value_range=value_range)(tmp_path/'a.tiff')[0]
     black, white = value_range
     assert np.abs(x.numpy() - (values - black)/(white - black)*255).max() <= 0.5
@@ -135,46 +141,60 @@ def test_files_that_are_none(tmp_path):
     (tmp_path/'phone.heic').write_text('no image')
     os.mkfifo(tmp_path/'pipe.png')                                       # reading it would wait for ever
     Image.new('L', (400, 400)).save(tmp_path/'large.png')
-    with pytest.raises(ValueError, match="note.png can't be read as an image: replace it or take it away"): open_image(tmp_path/'note.png')
-    with pytest.raises(ValueError, match='phone.heic is of a format that pillow can.t read here: convert it'): open_image(tmp_path/'phone.heic')
+    with pytest.raises(ValueError, match="note.png can't be read as an image: replace it or take it away"):
+        open_image(tmp_path/'note.png')
+    with pytest.raises(ValueError, match='phone.heic is of a format that pillow can.t read here: convert it'):
+        open_image(tmp_path/'phone.heic')
     with pytest.raises(ValueError, match='pipe.png is no ordinary file'): open_image(tmp_path/'pipe.png')
     with pytest.raises(ValueError, match='is a folder, expected an image file'): open_image(tmp_path)
     with pytest.raises(FileNotFoundError, match='there is no file .*nowhere.png'): open_image(tmp_path/'nowhere.png')
     with pytest.raises(TypeError, match='got a int, expected an image file'): Preprocessing(8, HALF, HALF)(3)
-    with pytest.raises(ValueError, match='in_chans=4: images are read as 1 channel'): Preprocessing(8, [.5]*4, [.5]*4, in_chans=4)(tmp_path/'large.png')
+    with pytest.raises(ValueError, match='in_chans=4: images are read as 1 channel'):
+        Preprocessing(8, [.5]*4, [.5]*4, in_chans=4)(tmp_path/'large.png')
 
 def test_a_bomb_is_named(tmp_path, monkeypatch):
     Image.new('L', (400, 400)).save(tmp_path/'large.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50_000)
-    with pytest.raises(ValueError, match='large.png has too many pixels to be read safely'): open_image(tmp_path/'large.png')
+    with pytest.raises(ValueError, match='large.png has too many pixels to be read safely'):
+        open_image(tmp_path/'large.png')
 
 # --- descriptions ---
 
 GOOD = dict(img_size=8, mean=HALF, std=HALF)
 BAD_FIELDS = {
-    'interpolation': ('cubic', 'interpolation=.cubic. must be one of nearest'), 'resize': ('stretch', 'resize=.stretch. must be one of crop'),
-    'backend': ('jax', 'backend=.jax. must be one of pillow'), 'img_size': (0, 'img_size=.0, 0. must be a positive integer'),
-    'resize_size': (3.5, 'resize_size=3.5 must be a positive integer'), 'in_chans': (1, 'mean=.* must be 1 finite numbers'),
+    'interpolation': ('cubic', 'interpolation=.cubic. must be one of nearest'),
+    'resize': ('stretch', 'resize=.stretch. must be one of crop'),
+    'backend': ('jax', 'backend=.jax. must be one of pillow'),
+    'img_size': (0, 'img_size=.0, 0. must be a positive integer'),
+    'resize_size': (3.5, 'resize_size=3.5 must be a positive integer'),
+    'in_chans': (1, 'mean=.* must be 1 finite numbers'),
     'mean': ([0.5], 'mean=.* must be 3 finite numbers'), 'std': ([0.5, 0, 0.5], 'std=.* must be above zero'),
-    'crop_pct': (-1, 'crop_pct=-1 must be a number above zero'), 'scale': (float('nan'), 'scale=nan must be a number above zero'),
-    'value_range': ([1, 0], 'value_range=.* must be two numbers'), 'antialias': (False, 'antialias=False must be True with backend=.pillow.'),
+    'crop_pct': (-1, 'crop_pct=-1 must be a number above zero'),
+    'scale': (float('nan'), 'scale=nan must be a number above zero'),
+    'value_range': ([1, 0], 'value_range=.* must be two numbers'),
+    'antialias': (False, 'antialias=False must be True with backend=.pillow.'),
     'labels': ([1, 2], 'labels=.* must be a list of strings'), 'crop': (1, 'unknown fields crop; known: img_size'),
 }
 
 @pytest.mark.parametrize('name', BAD_FIELDS)
 def test_bad_fields_are_named_with_their_source(name):
     value, sentence = BAD_FIELDS[name]
-    with pytest.raises(ValueError, match=f'run/config.json:? .*{sentence}'): Preprocessing.from_dict(GOOD | {name: value}, 'run/config.json')
+    with pytest.raises(ValueError, match=f'run/config.json:? .*{sentence}'):
+        Preprocessing.from_dict(GOOD | {name: value}, 'run/config.json')
 
 def test_contradictions_and_gaps():
     with pytest.raises(ValueError, match='crop_pct=0.9 must be left out, since resize_size=.9, 9. says the same'):
         Preprocessing(**GOOD, crop_pct=0.9, resize_size=9)
     with pytest.raises(ValueError, match="interpolation='box' must be another one with backend='torch'"):
         Preprocessing(**GOOD, interpolation='box', backend='torch')
-    with pytest.raises(ValueError, match='config.json lacks mean'): timm_preprocessing(dict(input_size=(3, 8, 8), std=HALF))
-    with pytest.raises(ValueError, match="config.json: crop_mode='tile' must be one of center"): timm_preprocessing(TIMM | dict(crop_mode='tile'))
-    with pytest.raises(ValueError, match='config.json: interpolation=.hamming. must be'): timm_preprocessing(TIMM | dict(interpolation='hamming'))
-    with pytest.raises(ValueError, match='preprocessor_config.json neither resizes nor crops'): transformers_preprocessing(dict(do_resize=False))
+    with pytest.raises(ValueError, match='config.json lacks mean'):
+        timm_preprocessing(dict(input_size=(3, 8, 8), std=HALF))
+    with pytest.raises(ValueError, match="config.json: crop_mode='tile' must be one of center"):
+        timm_preprocessing(TIMM | dict(crop_mode='tile'))
+    with pytest.raises(ValueError, match='config.json: interpolation=.hamming. must be'):
+        timm_preprocessing(TIMM | dict(interpolation='hamming'))
+    with pytest.raises(ValueError, match='preprocessor_config.json neither resizes nor crops'):
+        transformers_preprocessing(dict(do_resize=False))
     with pytest.raises(ValueError, match='resample=5 must be one of'): transformers_preprocessing(dict(resample=5))
     with pytest.raises(ValueError, match='is list, expected a dict'): Preprocessing.from_dict([1], 'a.json')
 
@@ -189,5 +209,6 @@ def test_normalise_and_back():
     prep = Preprocessing(2, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     x = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)*20
     z = prep.normalise(x)
-    assert torch.allclose(z[0, 2], (x[0, 2]/255 - 0.3)/0.6) and torch.allclose(prep.denormalise(z)*255, x.float(), atol=1e-4)
+    assert torch.allclose(z[0, 2], (x[0, 2]/255 - 0.3)/0.6)
+    assert torch.allclose(prep.denormalise(z)*255, x.float(), atol=1e-4)
     assert prep.normalise(x.double()).dtype == torch.float64
