@@ -199,6 +199,7 @@ def _first_shapes(w):
         raise _variant(f'an attention pool whose feed-forward network has another width ({len(pool)}, not {hidden})')
     return dict(dim=dim, in_chans=in_chans, patch_size=patch_size, mlp_ratio=reads/dim, gated=hidden == 2*reads)
 
+# %% ../nbs/05_pretrained.ipynb #fbe56bfa
 def _shapes(w):
     "The fields of `ViTConfig` that follow from the shapes of `w`, in our names"
     def size(name, axis): return w[name].shape[axis] if name in w else 0
@@ -260,6 +261,7 @@ def _configure(w, origin, facts, changes):
     if shapes['cls_token'] and shapes['pool'] == 'cls' and 'pool' not in known | changes: assumed['pool'] = 'cls'
     return old, replace(old, **changes), assumed
 
+# %% ../nbs/05_pretrained.ipynb #3ba62477
 def _n_heads(dim, gated=False):
     "The usual number of heads of a published model"
     width = 64 if gated and dim < 4096 else WIDTHS.get(dim, 64)      # DINOv2's g, DINOv3's H+: gated, and 64
@@ -359,6 +361,8 @@ UNSUPPORTED = {   # what stands in the names of variants that a `ViT` can't comp
     r'attn_pool\.query': 'an attention pool with several queries',
     r'token_.*blocks|blocks_token_only': 'blocks for the class token alone',
 }
+
+# %% ../nbs/05_pretrained.ipynb #90e9c0e9
 PREFERRED = ('teacher', 'target_encoder', 'model_ema', 'ema', 'student', 'base_encoder', 'vision_model', 'visual')
 
 def _prefix(w, mark, also):
@@ -534,6 +538,7 @@ def _read_file(path):
         what = f"it is truncated, or no {path.suffix} file; fetch it again"
         raise ValueError(f"{path} can't be read ({why}): {what}") from e
 
+# %% ../nbs/05_pretrained.ipynb #f7e47f93
 WRAPPERS = ('teacher', 'target_encoder', 'state_dict', 'model', 'model_state_dict', 'module', 'state_dict_ema',
             'model_ema')
 
@@ -872,6 +877,7 @@ def load_pretrained(
     if report: print('\n'.join(report))
     return model
 
+# %% ../nbs/05_pretrained.ipynb #90324158
 def _check_bare(w, origin, facts):
     "Raise an error where names alone would be taken for another model's"
     if facts: return
