@@ -509,7 +509,8 @@ def test_vit_train_in_two_processes(tmp_path):
     assert code == 0, err
     assert out.count('test accuracy') == 1 and 'processes: 2' in out
     assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES and [p.name for p in tmp_path.iterdir()] == ['run']
-    assert json.loads((tmp_path/'run'/'config.json').read_text())['processes'] == 2
+    config = json.loads((tmp_path/'run'/'config.json').read_text())
+    assert config['processes'] == 2 and config['n_test'] == 360       # the first process tests on all images
     code, _, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=1, bs=63, device='cpu', out='odd'),
                             cwd=tmp_path)
     assert code != 0 and "a batch of 63 can't be dealt to 2 processes" in err

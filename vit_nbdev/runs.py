@@ -326,16 +326,16 @@ def class_probabilities(
         targets.append(yb.as_subclass(Tensor).cpu())
     return torch.cat(probs), torch.cat(targets)
 
-def _finish(learn, dls, part, facts, say):
+def _finish(learn, test, preprocessing, part, facts, say):
     "Test the model, once, write the results and then the pictures of them; gives the accuracy"
-    probs, targets = class_probabilities(learn.model, dls[2])
+    probs, targets = class_probabilities(learn.model, test)
     accuracy = (probs.argmax(1) == targets).double().mean().item()
     parameters = sum(p.numel() for p in learn.model.parameters())
-    save_model(learn.model, part, dls.preprocessing, **facts, parameters=parameters, test_accuracy=accuracy,
+    save_model(learn.model, part, preprocessing, **facts, parameters=parameters, test_accuracy=accuracy,
                n_test=len(targets))
     model, config = load_model(part)
-    failed = draw_pictures(part, model.to(dls.device), learn.recorder.values, dls[2].dataset.x, targets, probs,
-                           dls.preprocessing)
+    failed = draw_pictures(part, model.to(test.device), learn.recorder.values, test.dataset.x, targets, probs,
+                           preprocessing)
     try: write_report(part, config)
     except Exception as e: failed['report'] = f'{type(e).__name__}: {e}'
     for name, why in failed.items(): say(f"{name} could not be drawn and is left out ({' '.join(why.split())[:200]})")
@@ -360,13 +360,13 @@ def _describe(say, s, r, dls, learn, device):
     if known.measured and r == replace(known, measured=''): say(f"expect  {known.measured}")
 
 def _prepare(s, device, part):
-    "The recipe, the loaders and the learner of a run with settings `s`"
+    "The recipe, the loaders, the test loader and the learner of a run with settings `s`"
     set_seed(s['seed'])   # before the loaders, which draw the order of the images from a generator of their own
     r, dls = _loaders(s, device)
     if s.setdefault('images', seen := _fingerprint(dls)) != seen:
         raise ValueError(f"the training images are not those that {part} was begun with: "
                          "give it the same data, or start another run")
-    watched = sys.stdout.isatty() or in_notebook()
+    test, watched = dls[2], sys.stdout.isatty() or in_notebook()      # the first process tests all images, undealt
     cbs = [TerminateOnNaNCallback(), MetricsFile(part/'metrics.csv'), Checkpoint(part/'checkpoint.pt', s)]
     learn = r.learner(deal(dls), path=part, cbs=cbs if watched else [*cbs, EpochLines()])
     if not watched:
@@ -375,7 +375,7 @@ def _prepare(s, device, part):
     if s['compile']: learn.model.compile()
     if s['precision'] != 'fp32': learn = getattr(learn, f"to_{s['precision']}")()
     torch.manual_seed(s['seed'] + rank_distrib())    # each process augments in its own way
-    return r, dls, learn
+    return r, dls, test, learn
 
 # %% ../nbs/09_runs.ipynb #53816920
 # longer than 40 lines: half of them are the arguments of the commands, each with its comment
@@ -414,14 +414,14 @@ def train(
     def say(text):
         if not rank_distrib(): print(text, flush=True)
     with _run_folder(out, force, resume=resume is not None) as part:
-        r, dls, learn = _prepare(s, device, part)
+        r, dls, test, learn = _prepare(s, device, part)
         _describe(say, s, r, dls, learn, device)
         seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
         facts = dict(settings=s, device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1),
                      images_per_second=round(len(dls.train_ds)*r.epochs/seconds, 1))
         if rank_distrib(): return out
-        accuracy = _finish(learn, dls, part, facts, say)
-    say(f"test accuracy: {percent(accuracy)} (n={len(dls[2].dataset)})")
+        accuracy = _finish(learn, test, dls.preprocessing, part, facts, say)
+    say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)})")
     say(f"trained in {seconds:.0f} s; in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
     say(f"use it: vit_predict {out} {out/'samples'/'*.png'}")
     return out
