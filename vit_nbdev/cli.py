@@ -6,9 +6,12 @@
 __all__ = ['plain_errors', 'vit_train', 'vit_predict', 'vit_explain']
 
 # %% ../nbs/10_cli.ipynb #cli00003
-import json, os, re, sys
+import json, os, re, sys, warnings
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated
+
+# fastai's own affair, not the user's
+warnings.filterwarnings('ignore', category=FutureWarning, message='.*torch.jit.script')
 
 import fastcore.script
 import torch
