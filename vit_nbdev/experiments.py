@@ -93,6 +93,7 @@ def _describe(x):
     if isinstance(x, (list, tuple)): return '[' + ', '.join(map(_describe, x)) + ']'
     return re.sub(r' at 0x[0-9a-f]+', '', str(x))
 
+# %% ../nbs/04a_experiments.ipynb #49f4c6aa
 def trials(
     train,             # `train(seed=seed, **setting)` gives a dict of text, numbers, tensors, arrays, lists
     settings: dict,    # name -> arguments for `train`

@@ -195,18 +195,16 @@ class EMA(Callback):
 
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds'): return
-        self.live = list(get_model(self.learn.model).state_dict().values())
+        state = get_model(self.learn.model).state_dict().values()
+        self.live = [v for v in state if v.is_floating_point()]      # the rest are BatchNorm's counts
         self.average, self.n = [v.clone() for v in self.live], 0
-        self.real = [i for i, v in enumerate(self.live) if v.is_floating_point()]
-        self.counts = [i for i in range(len(self.live)) if i not in self.real]       # of BatchNorm
 
     @torch.no_grad()
     def after_batch(self):
         if not self.training or not hasattr(self, 'live'): return
         self.n += 1
         decay = min(self.decay, (1 + self.n)/(10 + self.n))
-        torch._foreach_lerp_(*([values[i] for i in self.real] for values in (self.average, self.live)), 1 - decay)
-        for i in self.counts: self.average[i].copy_(self.live[i])
+        torch._foreach_lerp_(self.average, self.live, 1 - decay)
 
     @torch.no_grad()
     def _swap(self):
