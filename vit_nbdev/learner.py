@@ -7,7 +7,7 @@ __all__ = ['STEM', 'RECIPES', 'FORMAT', 'vit_groups', 'AdamW', 'adamw', 'ViTLear
            'Recipe', 'save_atomic', 'load_checkpoint', 'Checkpoint', 'DealtDL', 'deal']
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
-import json, os, random, time
+import os, random, time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
