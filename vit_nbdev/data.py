@@ -544,7 +544,8 @@ def read_pictures(
         except (ValueError, OSError) as e: bad[i] = str(e)
     pool, watched = ThreadPoolExecutor(os.cpu_count()), sys.stdout.isatty() or in_notebook()
     try:
-        for _ in progress_bar(pool.map(read, range(len(files))), total=len(files), leave=False, display=watched): pass
+        done = pool.map(read, range(len(files)))
+        for _ in progress_bar(done, total=len(files), leave=False) if watched else done: pass
     finally: pool.shutdown(cancel_futures=True)
     good = [i for i in range(len(files)) if i not in bad]
     for place, i in enumerate(good):
@@ -670,7 +671,7 @@ def describe(
     x = dls.loaders[0].dataset.x
     levels = level_counts(x).sum(0).cumsum(0)
     dark, bright = (int((levels < levels[-1]*q).sum()) for q in (0.001, 0.999))
-    flat = sum(int((part.amin(1) == part.amax(1)).sum()) for part in x.flatten(1).split(256))
+    flat = sum(int((part.amin(2) == part.amax(2)).all(1).sum()) for part in x.flatten(2).split(256))
     classes = [dict(name=str(c), **{s: n[i] for s, n in counts.items()}) for i, c in enumerate(vocab)]
     return dict(splits=splits, classes=classes, contrast=dict(dark=dark, bright=bright, one_colour=flat),
                 **{k: v for k, v in source.items() if k != 'folders'})
