@@ -53,6 +53,11 @@ def vit_train(
     img_size:int=None,    # side to which the images of a folder are resized (default: that of the model)
     precision:str=None,   # fp32, or bf16 or fp16 on a GPU (default: fp32)
     compile:store_true=False, # torch.compile the model: slow to start, then faster
+    flip:store_true=False, # mirror half of the training images: only if no class changes, as arrows and letters do
+    class_weights:store_true=False, # let each class count the same in the loss, however many images it has
+    resize:str=None,      # pictures of a folder: crop (cut out the middle, the default), squash, or pad (add a border)
+    value_range:str=None, # black,white in the files of a folder, such as 0,4095 (default: what 8 and 16 bits mean)
+    skip_bad:store_true=False, # go on without the pictures of a folder that can't be read
     out:str=None,         # the run folder (default: runs/<recipe>, numbered if taken)
     force:store_true=False, # replace the run folder if it exists
     resume:str=None,      # go on with this run, which was interrupted
@@ -60,7 +65,8 @@ def vit_train(
     "Train a Vision Transformer, test it once, and leave weights, configuration, metrics and pictures in a run folder"
     with plain_errors('vit_train'):
         train(data, path=path, recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr, seed=seed, device=device,
-              img_size=img_size, precision=precision, compile=compile, out=out, force=force, resume=resume)
+              img_size=img_size, precision=precision, compile=compile, out=out, force=force, resume=resume,
+              flip=flip, class_weights=class_weights, resize=resize, value_range=value_range, skip_bad=skip_bad)
 
 # %% ../nbs/10_cli.ipynb #cli00011
 def _one_or_more(help):

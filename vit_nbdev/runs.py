@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.data.transforms import get_image_files
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from fastcore.basics import noop
@@ -30,11 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import __version__
-from .data import cifar10_dls, digits_dls, fashion_mnist_dls, folder_dls, mnist_dls
+from .data import (cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls, find_images, folder_dls,
+                            mnist_dls)
 from .interpret import explore
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint
 from .preprocessing import Preprocessing
-from .report import draw_pictures, percent, write_report
+from .report import balanced_accuracy, class_results, draw_pictures, percent, write_report
 from .vit import ViT, ViTConfig, vit_config
 
 # %% ../nbs/09_runs.ipynb #dfeb3724
@@ -73,7 +73,11 @@ def _nearest(name, known):
 
 def _data_name(data, path):
     "Which entry of `LOADERS` is meant by `data`, and the path it is read from"
-    if data in LOADERS: return data, path
+    if data in LOADERS:
+        if path is None and Path(data).is_dir() and not (Path(data)/'config.json').is_file():
+            raise ValueError(f"{data} is a data set, and there is a folder of that name, too: "
+                             f"give ./{data} for the folder, or --recipe {data} without --data for the data set")
+        return data, path
     if data and Path(data).is_dir():
         if path is not None: raise ValueError(f"{data} is a folder already: leave out --path")
         return 'folder', data
@@ -85,7 +89,8 @@ def _choose_recipe(data, path, recipe):
         near = get_close_matches(recipe, RECIPES, n=2, cutoff=0.4) or list(RECIPES)
         raise ValueError(f"there is no recipe {recipe!r}; the nearest: {', '.join(near)}")
     if data is None and recipe == 'folder': raise ValueError("the recipe 'folder' needs --data with a folder of images")
-    if data is not None or recipe is None: data, path = _data_name('digits' if data is None else data, path)
+    if data is None and recipe is None: data = 'digits'
+    elif data is not None: data, path = _data_name(data, path)
     name = recipe or data
     wanted = RECIPES[name].data
     if data not in (None, wanted):
@@ -95,22 +100,30 @@ def _choose_recipe(data, path, recipe):
     return name, path
 
 # %% ../nbs/09_runs.ipynb #run00007
-def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precision, compile):
+def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precision, compile, flip, class_weights,
+              **read):
     "All that defines a run, checked, as words and numbers: the recipe with what was changed in it, and the rest"
     name, path = _choose_recipe(data, path, recipe)
     changed = {k: v for k, v in dict(model=model, epochs=epochs, bs=bs, lr=lr).items() if v is not None}
     if model is not None: changed['changes'] = {}     # they belong to the recipe's own model
+    if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
+    if class_weights: changed['class_weights'] = True
     r = replace(RECIPES[name], **changed)
     check_positive(epochs=r.epochs, bs=r.bs, lr=r.lr)
     if img_size is not None and r.data != 'folder':
         raise ValueError(f"the images of {r.data} have a size of their own: leave out --img_size")
+    for option, value in read.items():
+        if value is not None and r.data != 'folder':
+            raise ValueError(f"--{option} is for a folder of images, not for {r.data}: leave it out")
     if img_size is None: img_size = vit_config(r.model, **r.changes).img_size
     vit_config(r.model, **{'img_size': img_size} | r.changes)                     # complains if they don't fit
+    how = {k: v for k, v in read.items() if k != 'skip_bad' and v is not None}
+    Preprocessing(img_size, [0.5], [0.5], in_chans=1, **how)                      # likewise
     if precision not in (None, 'fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision {precision!r} is not known: use fp32, bf16 or fp16")
     known = {k: v for k, v in asdict(r).items() if k != 'measured'}
     return dict(recipe=name, path=None if path is None else str(path), seed=seed or 0, img_size=img_size,
-                precision=precision or 'fp32', compile=bool(compile), **known)
+                precision=precision or 'fp32', compile=bool(compile), flip=bool(r.augment.get('flip')), **known, **read)
 
 def _loaders(settings, device):
     "The recipe and the loaders of a run"
@@ -119,7 +132,15 @@ def _loaders(settings, device):
     if r.data == 'digits': return r, digits_dls(**kwargs)
     if r.data != 'folder': return r, LOADERS[r.data](settings['path'], **kwargs)
     in_chans = vit_config(r.model).in_chans
-    return r, folder_dls(settings['path'], img_size=settings['img_size'], in_chans=in_chans, **kwargs)
+    how = {name: settings[name] for name in ('resize', 'value_range', 'skip_bad') if settings.get(name)}
+    return r, folder_dls(settings['path'], img_size=settings['img_size'], in_chans=in_chans, **how, **kwargs)
+
+def _two_numbers(text):
+    "Black and white of `--value_range`"
+    if text is None or isinstance(text, (list, tuple)): return text and list(map(float, text))
+    try: black, white = map(float, text.split(','))
+    except ValueError: raise ValueError(f"value_range is {text!r}, expected black,white such as 0,4095") from None
+    return [black, white]
 
 def _fingerprint(dls):
     "A number that changes with any pixel or label of the training split"
@@ -294,6 +315,7 @@ def load_model(
     path: str|Path,          # a run folder
 ) -> tuple[ViT, dict]:       # the model, ready to predict, with its `.preprocessing`; and the whole of `config.json`
     "Read back what `save_model` wrote"
+    if not str(path): raise ValueError("an empty name is no run folder: give one that vit_train made")
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no run folder {path}: give one that vit_train made")
     for name in ('config.json', 'model.safetensors'):
@@ -327,19 +349,21 @@ def class_probabilities(
     return torch.cat(probs), torch.cat(targets)
 
 def _finish(learn, test, preprocessing, part, facts, say):
-    "Test the model, once, write the results and then the pictures of them; gives the accuracy"
+    "Test the model, once, write the results and then the pictures of them; gives the accuracy, also the balanced one"
     probs, targets = class_probabilities(learn.model, test)
     accuracy = (probs.argmax(1) == targets).double().mean().item()
+    results = class_results(targets, probs.argmax(1), preprocessing.labels)
+    balanced = balanced_accuracy(results)
     parameters = sum(p.numel() for p in learn.model.parameters())
     save_model(learn.model, part, preprocessing, **facts, parameters=parameters, test_accuracy=accuracy,
-               n_test=len(targets))
+               n_test=len(targets), balanced_accuracy=balanced, class_results=results)
     model, config = load_model(part)
     failed = draw_pictures(part, model.to(test.device), learn.recorder.values, test.dataset.x, targets, probs,
                            preprocessing)
     try: write_report(part, config)
     except Exception as e: failed['report'] = f'{type(e).__name__}: {e}'
     for name, why in failed.items(): say(f"{name} could not be drawn and is left out ({' '.join(why.split())[:200]})")
-    return accuracy
+    return accuracy, balanced
 
 # %% ../nbs/09_runs.ipynb #run00012
 def _describe(say, s, r, dls, learn, device):
@@ -352,6 +376,7 @@ def _describe(say, s, r, dls, learn, device):
     processes = f', processes: {num_distrib()}' if num_distrib() > 1 else ''
     say(f"data    {r.data}: {sizes[0]:,} images to train, {sizes[1]:,} to validate, {sizes[2]:,} to test, "
         f"{c.n_classes} classes")
+    for line in fact_lines(dls.facts): say(f"        {line}")
     say(f"model   {r.model}: {h} x {w} pixels, {c.n_patches} patches of {c.patch_size} x {c.patch_size}{stem}, "
         f"dim {c.dim}, depth {c.depth}, {c.n_heads} heads, {parameters:,} parameters")
     say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}, seed {s['seed']}")
@@ -363,6 +388,7 @@ def _prepare(s, device, part):
     "The recipe, the loaders, the test loader and the learner of a run with settings `s`"
     set_seed(s['seed'])   # before the loaders, which draw the order of the images from a generator of their own
     r, dls = _loaders(s, device)
+    dls.facts = describe(dls)           # before they are dealt to several processes
     if s.setdefault('images', seen := _fingerprint(dls)) != seen:
         raise ValueError(f"the training images are not those that {part} was begun with: "
                          "give it the same data, or start another run")
@@ -392,13 +418,22 @@ def train(
     img_size: int|None = None,   # side that the images of a folder are resized to; default: that of the model
     precision: str|None = None,  # 'fp32' (default), or 'bf16' or 'fp16' on a GPU: mixed precision
     compile: bool|None = None,   # `torch.compile` the model: slow to start, then faster
+    flip: bool|None = None,      # mirror half of the training images; only if that changes no class (arrows, letters)
+    class_weights: bool|None = None,   # let each class count the same in the loss, however many images it has
+    resize: str|None = None,     # of a folder's pictures: 'crop' (default) the middle, 'squash', or 'pad' with a border
+    value_range: str|tuple|None = None,  # black and white in a folder's files, if they are not those of 8 or 16 bits
+    skip_bad: bool|None = None,  # go on without the pictures of a folder that can't be read
     out: str|Path|None = None,   # the run folder; default `runs/<recipe>`, numbered
     force: bool = False,         # replace `out` if it is a run
     resume: str|Path|None = None,  # go on with this run, which was interrupted; all settings are its own
 ) -> Path:                       # the run folder
     "Train a ViT, test it once, and leave a run folder"
     given = dict(data=data, path=None if path is None else str(path), recipe=recipe, model=model, epochs=epochs, bs=bs,
-                 lr=lr, seed=seed, img_size=img_size, precision=precision, compile=compile or None)
+                 lr=lr, seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
+                 class_weights=class_weights or None, resize=resize, value_range=_two_numbers(value_range),
+                 skip_bad=skip_bad or None)
+    for name, value in {**given, 'device': device, 'out': out, 'resume': resume}.items():
+        if value is not None and str(value) == '': raise ValueError(f"{name} is empty: leave it out, or say which")
     device = get_device(device)
     if resume is not None:
         if out is not None or force:
@@ -417,11 +452,12 @@ def train(
         r, dls, test, learn = _prepare(s, device, part)
         _describe(say, s, r, dls, learn, device)
         seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
-        facts = dict(settings=s, device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1),
+        facts = dict(settings=s, data=dls.facts)
+        facts |= dict(device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1),
                      images_per_second=round(len(dls.train_ds)*r.epochs/seconds, 1))
         if rank_distrib(): return out
-        accuracy = _finish(learn, test, dls.preprocessing, part, facts, say)
-    say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)})")
+        accuracy, balanced = _finish(learn, test, dls.preprocessing, part, facts, say)
+    say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)}), mean of the classes {percent(balanced)}")
     say(f"trained in {seconds:.0f} s; in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
     say(f"use it: vit_predict {out} {out/'samples'/'*.png'}")
     return out
@@ -435,7 +471,7 @@ def image_files(
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         if str(path) == '': raise ValueError("an empty name is no image file: leave it out")
         path = Path(path)
-        found = sorted(get_image_files(path)) if path.is_dir() else [path]
+        found = find_images(path)[0] if path.is_dir() else [path]
         if not found: raise ValueError(f"there is no image in the folder {path}")
         files += found
     return files
