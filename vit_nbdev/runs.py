@@ -125,6 +125,7 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     return dict(recipe=name, path=None if path is None else str(path), seed=seed or 0, img_size=img_size,
                 precision=precision or 'fp32', compile=bool(compile), flip=bool(r.augment.get('flip')), **known, **read)
 
+# %% ../nbs/09_runs.ipynb #84fb5154
 def _loaders(settings, device):
     "The recipe and the loaders of a run"
     r = Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
