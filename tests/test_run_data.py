@@ -56,7 +56,7 @@ def test_a_name_that_means_two_things_is_refused(name, tmp_path, monkeypatch):
     vit_train.__wrapped__(f'./{name}', out='run', **QUICK)
     assert json.loads(Path('run/config.json').read_text())['preprocessing']['labels'] == ['few', 'many']
 
-@pytest.mark.parametrize('option', ['data', 'path', 'recipe', 'model', 'device', 'precision', 'out', 'resume', 'resize'])
+@pytest.mark.parametrize('option', 'data path recipe model device precision out resume resize'.split())
 def test_empty_words_are_refused(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f'^vit_train: {option} is empty'):
