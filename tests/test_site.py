@@ -1,0 +1,81 @@
+"""The documentation site: links of the notebooks, API pages, and the check for broken links. With `--slow`, all of it."""
+import importlib.util, json, os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT/'tools').is_dir(): pytest.skip('the repository is not here', allow_module_level=True)
+pytest.importorskip('nbdev')
+spec = importlib.util.spec_from_file_location('make_site', ROOT/'tools'/'make_site.py')
+site = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(site)
+
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_links_of_notebooks(path):
+    "Every relative link of the prose leads to a file that is there"
+    dead = []
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type'] != 'markdown': continue
+        for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```|`[^`]*`', '', ''.join(cell['source']), flags=re.S)):
+            if re.match(r'\w+:|#', link) or (path.parent/link.split('#')[0]).exists(): continue
+            dead.append(link)
+    assert not dead, f'{path.name}: {dead}'
+
+def test_all_notebooks_are_pages():
+    groups = site.notebooks()
+    assert {p for paths in groups.values() for p in paths} | {ROOT/'nbs'/'index.ipynb'} == set(NOTEBOOKS)
+
+def test_names_lead_to_the_api():
+    names = dict(vit_learner='learner.html#vit_learner')
+    text = '# `vit_learner`\nCall `vit_learner(dls)` or `vit_learner`, not `learner`, [`vit_learner`](x.md).\n```\n`vit_learner`\n```'
+    linked = site.link_names(text, names, '../')
+    assert linked.startswith('# `vit_learner`\nCall') and linked.count('<a class="api" href="../learner.html#vit_learner"><code>vit_learner</code></a>') == 1
+    assert linked.endswith('[`vit_learner`](x.md).\n```\n`vit_learner`\n```')
+
+def test_api_page():
+    import vit_nbdev.attention as module
+    page = site.api_page(module)
+    assert '<a id="multiheadattention"></a>\n\n## MultiHeadAttention' in page
+    assert '| `n_heads` | number of heads; each is `dim / n_heads` wide |' in page
+    assert 'qkv_bias: bool = True' in page and ' at 0x' not in page
+
+def test_parameters_with_a_bar_stay_one_cell():
+    def f(x: int|None = None,  # a | b
+    ): pass
+    assert site.parameter_table(f).splitlines()[-1] == r'| `x` | a \| b |'
+
+@pytest.mark.parametrize('link, there', [
+    ('b.html', True), ('b.html#here', True), ('#top', True), ('https://nowhere.example/x', True), ('data:,x', True),
+    ('b.html#gone', False), ('c.html', False), ('pictures/x.png', False), ('#gone', False)])
+def test_broken_links(tmp_path, link, there):
+    (tmp_path/'a.html').write_text(f'<p id="top"><a href="{link}">x</a>')
+    (tmp_path/'b.html').write_text('<h1 id="here">')
+    assert site.broken_links(tmp_path) == ([] if there else [f'a.html -> {link}'])
+
+def test_a_notebook_without_outputs_is_named(tmp_path, monkeypatch):
+    bare = tmp_path/'bare.ipynb'
+    bare.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=['1'], outputs=[])])))
+    monkeypatch.setattr(site, 'notebooks', lambda: dict(Chapters=[bare]))
+    with pytest.raises(SystemExit, match='without outputs, so nothing to show: bare.ipynb; run'): site.write_sources(tmp_path)
+
+def test_without_its_extra(tmp_path):
+    "One sentence that says what to install"
+    (tmp_path/'sphinx_book_theme.py').write_text("raise ModuleNotFoundError(name='sphinx_book_theme')")
+    (tmp_path/'myst_nb.py').write_text('')
+    run = subprocess.run([sys.executable, ROOT/'tools'/'make_site.py'], capture_output=True, text=True,
+                         env=os.environ | {'PYTHONPATH': f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert run.returncode == 1
+    assert run.stderr.strip() == "the site needs sphinx_book_theme: pip install -e '.[dev,site]'"
+
+def test_the_whole_site(tmp_path, slow):
+    "Some minutes: every page, no warning, no broken link, and every name where nbdev's index says it is"
+    if not slow: pytest.skip('some minutes: run with --slow')
+    pytest.importorskip('sphinx_book_theme')
+    run = subprocess.run([sys.executable, ROOT/'tools'/'make_site.py', '--out', tmp_path/'site'], capture_output=True, text=True)
+    assert run.returncode == 0 and 'no broken link' in run.stdout and 'WARNING' not in run.stderr, run.stdout + run.stderr
+    for address in site.exported().values():
+        page, anchor = address.split('#')
+        assert anchor in site.Links((tmp_path/'site'/page).read_text(encoding='utf-8')).places, address
