@@ -1,4 +1,4 @@
-"""The documentation site: links of the notebooks, API pages, and the check for broken links. With `--slow`, all of it."""
+"""The documentation site: the notebooks' links, API pages, the check for broken links. With `--slow`, all of it."""
 import importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
 
@@ -19,7 +19,8 @@ def test_links_of_notebooks(path):
     dead = []
     for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
         if cell['cell_type'] != 'markdown': continue
-        for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```|`[^`]*`', '', ''.join(cell['source']), flags=re.S)):
+        prose = re.sub(r'```.*?```|`[^`]*`', '', ''.join(cell['source']), flags=re.S)
+        for link in re.findall(r'\]\(([^)\s]+)\)', prose):
             if re.match(r'\w+:|#', link) or (path.parent/link.split('#')[0]).exists(): continue
             dead.append(link)
     assert not dead, f'{path.name}: {dead}'
@@ -30,9 +31,11 @@ def test_all_notebooks_are_pages():
 
 def test_names_lead_to_the_api():
     names = dict(vit_learner='learner.html#vit_learner')
-    text = '# `vit_learner`\nCall `vit_learner(dls)` or `vit_learner`, not `learner`, [`vit_learner`](x.md).\n```\n`vit_learner`\n```'
+    code = '```\n`vit_learner`\n```'
+    text = f'# `vit_learner`\nCall `vit_learner(dls)` or `vit_learner`, not `learner`, [`vit_learner`](x.md).\n{code}'
     linked = site.link_names(text, names, '../')
-    assert linked.startswith('# `vit_learner`\nCall') and linked.count('<a class="api" href="../learner.html#vit_learner"><code>vit_learner</code></a>') == 1
+    link = '<a class="api" href="../learner.html#vit_learner"><code>vit_learner</code></a>'
+    assert linked.startswith('# `vit_learner`\nCall') and linked.count(link) == 1
     assert linked.endswith('[`vit_learner`](x.md).\n```\n`vit_learner`\n```')
 
 def test_api_page():
@@ -59,7 +62,8 @@ def test_a_notebook_without_outputs_is_named(tmp_path, monkeypatch):
     bare = tmp_path/'bare.ipynb'
     bare.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=['1'], outputs=[])])))
     monkeypatch.setattr(site, 'notebooks', lambda: dict(Chapters=[bare]))
-    with pytest.raises(SystemExit, match='without outputs, so nothing to show: bare.ipynb; run'): site.write_sources(tmp_path)
+    with pytest.raises(SystemExit, match='without outputs, so nothing to show: bare.ipynb; run'):
+        site.write_sources(tmp_path)
 
 def test_without_its_extra(tmp_path):
     "One sentence that says what to install"
@@ -74,8 +78,10 @@ def test_the_whole_site(tmp_path, slow):
     "Some minutes: every page, no warning, no broken link, and every name where nbdev's index says it is"
     if not slow: pytest.skip('some minutes: run with --slow')
     pytest.importorskip('sphinx_book_theme')
-    run = subprocess.run([sys.executable, ROOT/'tools'/'make_site.py', '--out', tmp_path/'site'], capture_output=True, text=True)
-    assert run.returncode == 0 and 'no broken link' in run.stdout and 'WARNING' not in run.stderr, run.stdout + run.stderr
+    command = [sys.executable, ROOT/'tools'/'make_site.py', '--out', tmp_path/'site']
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and 'no broken link' in run.stdout, run.stdout + run.stderr
+    assert 'WARNING' not in run.stderr, run.stderr
     for address in site.exported().values():
         page, anchor = address.split('#')
         assert anchor in site.Links((tmp_path/'site'/page).read_text(encoding='utf-8')).places, address

@@ -4,9 +4,11 @@
     python tools/make_site.py --out DIR  or elsewhere
 
 Chapters and studies become pages, each module gets a page of its API, and names in backticks lead there. All links are
-checked at the end. It needs the extra `site`; formulas are drawn by MathJax, fetched by npm so that the site works without a network.
+checked at the end. It needs the extra `site`; formulas are drawn by MathJax, which npm fetches, so that the site works
+without a network.
 """
 import argparse, html, importlib, inspect, json, re, shutil, subprocess, sys, tempfile, time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -28,7 +30,8 @@ suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header', 'misc.highlighti
 html_theme, html_title, html_static_path = 'sphinx_book_theme', 'vit_nbdev', ['_static']
 html_show_sourcelink = html_copy_source = False
 html_css_files = ['site.css']
-html_theme_options = dict(repository_url={url!r}, repository_branch='main', path_to_docs='nbs', use_repository_button=True,
+html_theme_options = dict(
+    repository_url={url!r}, repository_branch='main', path_to_docs='nbs', use_repository_button=True,
     use_download_button=False, navbar_persistent=[], home_page_in_toc=True, show_toc_level=2,
     launch_buttons=dict(colab_url='https://colab.research.google.com', binderhub_url='https://mybinder.org'))
 '''
@@ -101,7 +104,8 @@ def signature(path, thing):
     "`name(parameters)` as code, a line each if there are many"
     try: parameters = inspect.signature(thing)
     except (TypeError, ValueError): return path
-    shown = [re.sub(r"<(?:function|class) '?([\w.]+)'?(?: at 0x\w+)?>", r'\1', str(p)) for p in parameters.parameters.values()]
+    bare = partial(re.sub, r"<(?:function|class) '?([\w.]+)'?(?: at 0x\w+)?>", r'\1')
+    shown = [bare(str(p)) for p in parameters.parameters.values()]
     gives = parameters.return_annotation
     gives = '' if gives is inspect.Signature.empty else f' -> {inspect.formatannotation(gives)}'
     line = f"{path}({', '.join(shown)}){gives}"
@@ -112,7 +116,8 @@ def parameter_table(thing):
     "Markdown table of the comments behind parameters; empty if there is none"
     try: found = docments(thing, full=True, returns=True)
     except (TypeError, ValueError): return ''
-    rows = [('returns' if name == 'return' else f'`{name}`', p.docment) for name, p in found.items() if p.get('docment')]
+    label = lambda name: 'returns' if name == 'return' else f'`{name}`'
+    rows = [(label(name), p.docment) for name, p in found.items() if p.get('docment')]
     if not rows: return ''
     escape = lambda text: ' '.join(text.split()).replace('|', '\\|')
     return '\n'.join(['| parameter | |', '|---|---|', *[f'| {name} | {escape(text)} |' for name, text in rows], ''])
@@ -125,7 +130,8 @@ def api_page(module):
     def entry(path, thing, level):
         anchor = d['syms'][module.__name__].get(f'{module.__name__}.{path}', (f'#{path.lower()}',))[0].split('#')[1]
         source = f'[source]({url}/blob/main/vit_nbdev/{name}.py#L{inspect.getsourcelines(thing)[1]})'
-        lines.extend([f'<a id="{anchor}"></a>', '', f'{"#"*level} {path}', '', '```python', signature(path, thing), '```', '',
+        lines.extend([f'<a id="{anchor}"></a>', '', f'{"#"*level} {path}', '',
+                      '```python', signature(path, thing), '```', '',
                       f'{(inspect.getdoc(thing) or "").strip()} ({source})', '', parameter_table(thing)])
     for path in sorted(getattr(module, '__all__', []), key=str.lower):
         thing = getattr(module, path)
@@ -141,7 +147,8 @@ def front_page(groups, modules, names, url):
     nb = json.loads(page(ROOT/'nbs'/'index.ipynb', names, url))
     def tree(caption, entries):
         return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *entries, '```', ''])
-    trees = [tree(caption, [str(p.relative_to(ROOT/'nbs').with_suffix('')) for p in paths]) for caption, paths in groups.items()]
+    entry = lambda path: str(path.relative_to(ROOT/'nbs').with_suffix(''))
+    trees = [tree(caption, map(entry, paths)) for caption, paths in groups.items()]
     trees.append(tree('API', modules))
     nb['cells'].append(dict(cell_type='markdown', id='contents', metadata={}, source='\n'.join(trees)))
     return json.dumps(nb)
@@ -194,7 +201,8 @@ class Links(HTMLParser):
 
 def broken_links(site):
     "`page -> link` for each internal link that leads nowhere"
-    pages = {p.resolve(): Links(p.read_text(encoding='utf-8')) for p in site.rglob('*.html') if '_static' not in p.parts}
+    files = [p.resolve() for p in site.rglob('*.html') if '_static' not in p.parts]
+    pages = {p: Links(p.read_text(encoding='utf-8')) for p in files}
     broken = []
     for path, found in pages.items():
         for link in found.to:
