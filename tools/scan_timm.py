@@ -80,9 +80,10 @@ def largest_difference(tag, folder):
     ours = quiet(folder)
     config, found = ours.config, []
     if config.n_patches <= MAX_PATCHES and config.dim <= MAX_WIDTH:
-        found.append(compare(theirs, ours, config._sides, tuple(theirs.patch_embed.img_size), seed=1))
+        whole = tuple(theirs.patch_embed.img_size) if hasattr(theirs, 'patch_embed') else config._sides
+        found.append(compare(theirs, ours, config._sides, whole, seed=1))
     size = (3*config.patch_size, 5*config.patch_size)
-    theirs.set_input_size(img_size=size)
+    if hasattr(theirs, 'set_input_size'): theirs.set_input_size(img_size=size)       # NaFlex takes any
     found.append(compare(theirs, quiet(folder, img_size=size), size, size, seed=2))
     return max(found)
 

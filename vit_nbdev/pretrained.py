@@ -9,7 +9,7 @@ __all__ = ['TIMM', 'FACEBOOK', 'TORCHVISION', 'OPENAI', 'TRANSFORMERS', 'CLIP', 
            'to_timm', 'to_torchvision']
 
 # %% ../nbs/05_pretrained.ipynb #580d712d
-import argparse, json, pickle, re, zipfile
+import argparse, json, math, pickle, re, zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -40,8 +40,10 @@ TIMM = {
     'attn_pool.latent': 'attn_pool.probe', 'attn_pool.q': 'attn_pool.attn.q', 'attn_pool.kv': 'attn_pool.attn.kv',
     'attn_pool.proj': 'attn_pool.attn.proj', 'attn_pool.norm': 'attn_pool.norm', 'attn_pool.mlp': 'attn_pool.mlp',
     'blocks.#.attn.norm': 'encoder.blocks.#.attn.out_norm'}
-FACEBOOK = TIMM | {  # the files of DeiT, DeiT III, DINOv2 and DINOv3 themselves, and timm's models of EVA's kind
-    'dist_token': 'registers', 'register_tokens': 'registers', 'storage_tokens': 'registers'
+FACEBOOK = TIMM | {  # the files of DeiT, DeiT III, DINOv2 and DINOv3 themselves; timm's models like EVA, and NaFlex
+    'dist_token': 'registers', 'register_tokens': 'registers', 'storage_tokens': 'registers',
+    'embeds.proj': 'patch_embed.proj', 'embeds.cls_token': 'cls_token', 'embeds.reg_token': 'registers',
+    'embeds.pos_embed': 'pos_embed'
 } | _blocks('blocks.#.', {
     'gamma_1': 'ls1.gamma', 'gamma_2': 'ls2.gamma', 'attn.q_proj': 'attn.q', 'attn.k_proj': 'attn.k',
     'attn.v_proj': 'attn.v', 'attn.q_bias': 'attn.q.bias', 'attn.v_bias': 'attn.v.bias',
@@ -162,11 +164,22 @@ def _join(w, name):
     if kind == 'q' and name.endswith('bias') and names[0] in w and names[2] in w: w.setdefault(names[1], w[names[0]]*0)
     if all(n in w for n in names): w[name.replace(f'.{kind}.', f'.{whole}.')] = torch.cat([w.pop(n) for n in names])
 
+def _from_naflex(w):
+    "In place: timm's NaFlex has patches as rows of pixels, and positions as a grid, or as rows' and columns'"
+    kernel = w['embeds.proj.weight']
+    p = math.isqrt(kernel.shape[1]//3)
+    w['embeds.proj.weight'] = kernel.reshape(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
+    if 'embeds.pos_embed_y' in w:
+        w['embeds.pos_embed'] = w.pop('embeds.pos_embed_y')[:, :, None] + w.pop('embeds.pos_embed_x')[:, None]
+    if 'embeds.pos_embed' in w: w['embeds.pos_embed'] = w['embeds.pos_embed'].flatten(1, 2)
+
 def our_names(
     w: Mapping[str, Tensor],  # weights, without a wrapper around their names
     origin: str,              # a key of `ORIGINS`
 ) -> dict[str, Tensor]:
     "The weights under the names that `ViT` has for them; q, k and v, which it computes by one product, become one"
+    w = dict(w)
+    if 'embeds.proj.weight' in w: _from_naflex(w)
     w = {_rename(name, ORIGINS[origin]['names']): x for name, x in w.items()}
     for name in [name for name in w if re.search(r'\.(kv|gate)\.', name)] + [name for name in w if '.q.' in name]:
         if name in w: _join(w, name)
@@ -193,10 +206,6 @@ def _first_shapes(w):
     hidden, reads = w[block + 'mlp.fc1.weight'].shape[0], w[block + 'mlp.fc2.weight'].shape[1]
     if hidden not in (reads, 2*reads):
         raise _variant(f'feed-forward layers that do not fit (mlp.fc1 gives {hidden} numbers, mlp.fc2 takes {reads})')
-    if block + 'norm1.bias' not in w: raise _variant('norms without a bias (blocks.0.norm1)')
-    pool = w.get('attn_pool.mlp.fc1.weight')
-    if pool is not None and len(pool) != hidden:
-        raise _variant(f'an attention pool whose feed-forward network has another width ({len(pool)}, not {hidden})')
     return dict(dim=dim, in_chans=in_chans, patch_size=patch_size, mlp_ratio=reads/dim, gated=hidden == 2*reads)
 
 # %% ../nbs/05_pretrained.ipynb #fbe56bfa
@@ -209,11 +218,14 @@ def _shapes(w):
     pool = 'map' if there('attn_pool.probe') else 'cls' if cls and not after else 'mean'
     wide = size('head.weight', 1) == 2*first['dim'] and 'pos_embed' in w
     if wide: pool = 'prefix' if registers == 1 else 'cls+mean'
+    norm, pool_width = 'layer' if there(block + 'norm1.bias') else 'rms', size('attn_pool.mlp.fc2.weight', 1)
     inner = 'both' if there(block + 'attn.out_norm.weight') else 'mlp' if there(block + 'mlp.norm.weight') else 'none'
     return first | dict(
         depth=_depth(w), pool=pool, n_classes=size('head.weight', 0), inner_norms=inner,
         cls_token=cls, n_registers=registers, positions='learned' if there('pos_embed') else 'none',
-        embed_norm=there('embed_norm.weight'), norm_after_pool=after, qk_norm=there(block + 'attn.q_norm.weight'),
+        norm=norm, patch_norm=there('patch_embed.norm.weight'), embed_norm=there('embed_norm.weight'),
+        norm_after_pool=after, qk_norm=there(block + 'attn.q_norm.weight'),
+        pool_mlp_ratio=None if pool_width in (0, first['mlp_ratio']*first['dim']) else pool_width/first['dim'],
         last_norm=after or any(name.startswith('encoder.norm.') for name in w),
         qkv_bias=there(block + 'attn.qkv.bias'), patch_bias=there('patch_embed.proj.bias'),
         layer_scale=1e-5 if there(block + 'ls1.gamma') else None)
@@ -259,6 +271,7 @@ def _configure(w, origin, facts, changes):
                              f"what can be changed: {', '.join(CHANGEABLE)}")
     assumed = {k: v for k, v in usual.items() if k not in told | changes and k != 'pos_resize'}
     if shapes['cls_token'] and shapes['pool'] == 'cls' and 'pool' not in known | changes: assumed['pool'] = 'cls'
+    if shapes['norm'] == 'rms' and 'norm' not in known: assumed['norm'] = 'rms'
     return old, replace(old, **changes), assumed
 
 # %% ../nbs/05_pretrained.ipynb #3ba62477
@@ -303,7 +316,7 @@ def _adapt(w, old, new):
         for part in ('weight', 'bias'): w.pop(f'head.{part}', None)
         if old.n_classes: report.append(f'left out: head.weight, head.bias ({old.n_classes} classes)')
         if new.n_classes:
-            like = w['encoder.blocks.0.norm1.bias']
+            like = w['encoder.blocks.0.norm1.weight']
             w['head.weight'] = like.new_zeros(new.n_classes, new.pooled_dim)
             w['head.bias'] = like.new_zeros(new.n_classes)
             report.append(f'new: head.weight, head.bias ({new.n_classes} classes), zeros')
@@ -336,7 +349,7 @@ def _build(config, w):
     with torch.device('meta'), _NoInit(): model = ViT(config)
     want = model.state_dict()
     for name in ('cls_token', 'registers'):        # those that are off have no rows
-        if not want[name].numel(): w[name] = w['encoder.blocks.0.norm1.bias'].new_zeros(want[name].shape)
+        if not want[name].numel(): w[name] = w['encoder.blocks.0.norm1.weight'].new_zeros(want[name].shape)
     wrong = {'missing': sorted(set(want) - set(w)), 'unexpected': sorted(set(w) - set(want)),
              'of another shape': [f'{k} {tuple(w[k].shape)} instead of {tuple(x.shape)}' for k, x in want.items()
                                   if k in w and w[k].shape != x.shape]}
@@ -592,23 +605,26 @@ _TURNS = dict(norm_eps=1e-5, rotary='dinov3')
 _PE = dict(norm_eps=1e-5, rotary='pe', rotary_size=32)
 VARIANTS = {   # what timm's architectures have that their weights don't tell; later lines win
     'clip|beit3': dict(norm_eps=1e-5), '^eva': dict(norm_eps=1e-6), 'eva_large': dict(norm_eps=1e-6),
-    'quickgelu': dict(act='quick_gelu'), 'base_patch16_gap': dict(n_heads=16),
+    'quickgelu': dict(act='quick_gelu'), '^vit_base_patch16_gap': dict(n_heads=16),
     'patch32_siglip|so400m_patch16_siglip|large_patch16_siglip.*512|giantopt': dict(act='gelu_tanh'),
-    'huge_plus.*dinov3': dict(n_heads=20), 'giant.*(lingbot|dinov2|tipsv2)': dict(n_heads=24), 'dinov3|lingbot': _TURNS,
+    'huge_plus.*dinov3': dict(n_heads=20), 'giant.*(lingbot|dinov2|tipsv2|radio)': dict(n_heads=24), 'dinov3|lingbot': _TURNS,
     '^eva02': dict(rotary='eva02', rotary_size=16), '^test_vit2?$': dict(n_heads=2),
     '^test_vit3$': dict(n_heads=3, pool_prefix=True),
     r'rope_(ape_)?\d': dict(rotary='rope_vit', order='xy'), 'rope_reg': dict(rotary='eva02', rotary_size=16),
     'pe_(core|lang|spatial)': _PE | dict(order='xy'), 'pe_core': dict(pool_heads=8, pool_prefix=True),
     'pe_core_(tiny|small|large)': dict(rotary_size=24), 'pe_core_base': dict(rotary_size=14),
-    'pe_.*gigantic': dict(rotary='eva02'),
+    'pe_.*gigantic': dict(rotary='eva02'), '^aimv2': dict(norm='rms', norm_eps=1e-5), 'aimv2_large': dict(n_heads=8),
+    'aimv2_huge': dict(n_heads=12), 'aimv2_1b': dict(n_heads=16), 'aimv2_3b': dict(n_heads=24),
+    'naflex.*siglip': dict(act='gelu_tanh', pos_resize='bilinear_antialias'),
+    'naflex.*_par_': dict(pos_resize='bicubic_square'), 'naflex.*(_parfac_|radio)': dict(pos_resize='bilinear_square'),
+    'naflex.*(base|huge).*radio_v3': dict(pos_resize='bilinear_corners_square'),
 }
 REFUSED = {   # timm's architectures whose weights look like others
     'rpn': 'norms behind its branches', 'enormous_patch14_clip': 'norms behind its branches',
-    'rope_mixed': 'learned rotary positions', 'sapiens2': 'grouped queries and RMS norms', 'aimv2': 'RMS norms',
-    'naflex': 'patches of any image in one sequence (NaFlex)', 'radio': 'the patch generator of RADIO',
+    'rope_mixed': 'learned rotary positions', 'sapiens2': 'grouped queries',
     'dlittle': 'differential attention', 'samvit': 'windows', '^cait': 'blocks for the class token alone',
     '^beit(v2)?_': 'relative positions', '_r\\d*_s|mci': 'a convolutional backbone', 'relpos': 'relative positions',
-    'pwee|par_': 'parallel layers'}
+    'pwee': 'parallel layers'}
 POOLS = dict(token='cls', avg='mean', map='map')                         # timm's names: ours
 ARGS = dict(num_heads='n_heads', img_size='img_size', act_layer='act')   # arguments of timm's models: ours
 IGNORED = set("""num_classes in_chans global_pool patch_size embed_dim depth mlp_ratio qkv_bias qk_norm init_values
@@ -632,7 +648,7 @@ def _timm_facts(c):
         if pool not in POOLS: raise _variant(f'global_pool={pool!r}')
         config['pool'] = POOLS[pool]
     size = prep.get('input_size')
-    if 'img_size' not in config and size: config['img_size'] = tuple(size[1:])
+    if 'img_size' not in config and size and 'naflex' not in name: config['img_size'] = tuple(size[1:])
     interleaved = config.get('rotary', 'dinov3') != 'dinov3'
     facts = dict(config=config, order=config.pop('order', 'ij'), interleaved=interleaved,
                  labels=_labels(prep.get('label_names')))
@@ -829,6 +845,10 @@ def _fold(w, origin, changes, report):
         for name in [name for name in w if name.startswith(names)]: del w[name]
         changes = dict(pool='mean') | changes
     if 'head.weight' in w and 'head.bias' not in w: w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
+    for layer in ('attn.proj', 'mlp.fc1', 'mlp.fc2'):                                  # zeros where no block has a bias
+        missing = [name for name in w if re.fullmatch(rf'encoder\.blocks\.\d+\.{layer}\.weight', name)]
+        if not any(name.removesuffix('weight') + 'bias' in w for name in missing):
+            for name in missing: w[name.removesuffix('weight') + 'bias'] = w[name].new_zeros(len(w[name]))
     if origin == 'dinov3' and (bias := [name for name in w if name.endswith('attn.qkv.bias')]):
         for name in bias:                                                              # the keys' part is masked
             q, _, v = w[name].chunk(3)
@@ -887,6 +907,9 @@ def _check_bare(w, origin, facts):
     if origin == 'timm' and 'reg_token' in w and 'pos_embed' not in w:
         raise ValueError("there are registers and no positions among the weights, so they are rotary, of a kind that "
                          "names don't tell: load the folder that has timm's config.json beside them")
+    if 'embeds.proj.weight' in w:
+        raise ValueError("these look like the weights of a NaFlex model, whose names don't tell how its positions are "
+                         "stretched: load the folder that has timm's config.json beside them")
     if origin == 'timm' and any(re.search(r'mlp\.fc1_g|attn\.q_bias', name) for name in w):
         raise ValueError("these look like the weights of an EVA model, whose names don't tell if its positions are "
                          "rotary: load the folder that has timm's config.json beside them")
@@ -914,7 +937,7 @@ def to_timm(model: ViT) -> dict[str, Tensor]:  # a state dict for timm, which sh
     return w
 
 PLAIN = dict(pool='cls', n_registers=0, positions='learned', prefix_positions=True, rotary='none', stem='patch',
-             embed_norm=False, act='gelu', gated=False, norm_after_pool=False, last_norm=True, inner_norms='none',
+             norm='layer', patch_norm=False, embed_norm=False, act='gelu', gated=False, norm_after_pool=False, last_norm=True, inner_norms='none',
              qk_norm=False, qkv_bias=True, patch_bias=True, layer_scale=None, norm_eps=1e-6)
 
 def to_torchvision(model: ViT) -> dict[str, Tensor]:  # a state dict for torchvision, which shares memory with `model`

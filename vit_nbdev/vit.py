@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadAttention
-from .transformer import ACTIVATIONS, ROTARY, Encoder, FeedForward, rotary_2d, sincos_2d
+from .transformer import ACTIVATIONS, NORMS, ROTARY, Encoder, FeedForward, rotary_2d, sincos_2d
 
 # %% ../nbs/02_vit.ipynb #bdc327a3
 class PatchConv(nn.Conv2d):
@@ -33,16 +33,18 @@ class PatchConv(nn.Conv2d):
 class PatchEmbedding(nn.Module):
     "Cut an image into squares and project each to a token (Dosovitskiy 2020)"
     def __init__(self,
-        patch_size: int,    # side of a patch in pixels
-        in_chans: int,      # channels of the image
-        dim: int,           # width of a token
-        bias: bool = True,  # is a bias added to each token?
+        patch_size: int,              # side of a patch in pixels
+        in_chans: int,                # channels of the image
+        dim: int,                     # width of a token
+        bias: bool = True,            # is a bias added to each token?
+        norm: nn.Module|None = None,  # a norm of each token; None: none
     ):
         super().__init__()
         self.proj = PatchConv(in_chans, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
+        self.norm = norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
-        return self.proj(x).flatten(2).mT
+        return self.norm(self.proj(x).flatten(2).mT)
 
 # %% ../nbs/02_vit.ipynb #e72d05b2
 def _halve(in_chans, out_chans):
@@ -76,11 +78,15 @@ RESIZE = {   # `pos_resize`: arguments of F.interpolate                         
     'bicubic_corners':   dict(mode='bicubic', align_corners=True),               # torchvision
     'bicubic_offset':    dict(mode='bicubic', offset=0.1),                       # DINO, DINOv2: 0.1 patches more
     'bilinear':          dict(mode='bilinear'),                                  # timm, from Google's files
+    'bilinear_antialias': dict(mode='bilinear', antialias=True),                 # SigLIP 2 of any size (NaFlex)
     'bilinear_corners':  dict(mode='bilinear', align_corners=True),              # Google's own code
+    'bicubic_square':    dict(mode='bicubic', antialias=True, square=True),      # timm's NaFlex: from a square's corner
+    'bilinear_square':   dict(mode='bilinear', square=True),                     # RADIO
+    'bilinear_corners_square': dict(mode='bilinear', align_corners=True, square=True),    # RADIO's first ones
 }
 CHOICES = dict(pool=('cls', 'mean', 'map', 'cls+mean', 'prefix'), positions=('learned', 'sincos2d', 'none'),
                stem=('patch', 'conv'), act=tuple(ACTIVATIONS), pos_resize=tuple(RESIZE), rotary=('none', *ROTARY),
-               inner_norms=('none', 'mlp', 'both'))
+               inner_norms=('none', 'mlp', 'both'), norm=tuple(NORMS))
 
 # %% ../nbs/02_vit.ipynb #c88462a3
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class ViTConfig:
     rotary: str = 'none'              # positions that turn queries and keys, beside or without others: see `ROTARY`
     rotary_size: int|None = None      # side of the grid of pretraining that they are stretched to, see `rotary_2d`
     stem: str = 'patch'               # 'patch', or 'conv' for small convolutions (Xiao 2021)
+    norm: str = 'layer'               # LayerNorm, or 'rms' for RMSNorm (Zhang 2019), in the blocks and at their end
+    patch_norm: bool = False          # such a norm on the patches before they get positions, as AIMv2 has
     embed_norm: bool = False          # LayerNorm before the first block, as CLIP has
     norm_after_pool: bool = False     # the last LayerNorm after pooling instead of before it
     last_norm: bool = True            # is there one at all?
@@ -116,10 +124,11 @@ class ViTConfig:
     act: str = 'gelu'                 # activation of the feed-forward network: a key of `ACTIVATIONS`
     gated: bool = False               # gated feed-forward networks (Shazeer 2020); with act='silu' this is SwiGLU
     pool_heads: int|None = None       # heads of the pool 'map'; None: `n_heads`
+    pool_mlp_ratio: float|None = None # its feed-forward width over `dim`; None: `mlp_ratio`
     pool_prefix: bool = False         # does it attend to the tokens in front, too?
     dropout: float = 0.               # after positions and each linear layer of a block
     drop_path: float = 0.             # stochastic depth of the last block
-    norm_eps: float = 1e-6            # epsilon of the LayerNorms
+    norm_eps: float = 1e-6            # epsilon of the norms
 
     def __post_init__(self): _check_config(self)
 
@@ -169,6 +178,7 @@ _RULES = {    # by a field's name, or else by its type: is a value good, and wha
     'layer_scale': (lambda x: x is None or _is_number(x), 'a number or None'),
     **dict.fromkeys(['rotary_size', 'pool_heads'],
                     (lambda x: x is None or _is_int(x, 1), 'a positive integer or None')),
+    'pool_mlp_ratio': (lambda x: x is None or _is_number(x) and x > 0, 'a positive number or None'),
     'pos_std': (lambda x: _is_number(x, 0), 'a number, 0 or more'),
     **dict.fromkeys(['n_registers', 'n_classes'], (lambda x: _is_int(x, 0), 'an integer, 0 or more')),
     **dict.fromkeys(['dropout', 'drop_path'], (lambda x: _is_number(x, 0) and x < 1, 'a number in [0, 1)')),
@@ -231,10 +241,11 @@ def resize_positions(
     dtype = torch.promote_types(pos.dtype, torch.float32)        # bicubic needs float32 at least
     image = pos.mT.unflatten(2, old).to(dtype)                   # (1 dim h w)
     kwargs = dict(RESIZE[method])
-    offset = kwargs.pop('offset', 0)
+    offset, square = kwargs.pop('offset', 0), kwargs.pop('square', False)
     if offset: kwargs['scale_factor'] = [(n + offset)/o for n, o in zip(new, old)]
-    else: kwargs['size'] = tuple(new)
-    return F.interpolate(image, **kwargs).flatten(2).mT.to(pos.dtype)
+    else: kwargs['size'] = (max(new), max(new)) if square else tuple(new)
+    h, w = new
+    return F.interpolate(image, **kwargs)[:, :, :h, :w].flatten(2).mT.to(pos.dtype)
 
 # %% ../nbs/02_vit.ipynb #7983b8d0
 class AttentionPool(nn.Module):
@@ -264,21 +275,24 @@ class ViT(nn.Module):
         self.config = c = config
         self.n_prefix, self.checkpointing = c.n_prefix, False
         patch = (c.patch_size, c.in_chans, c.dim)
-        self.patch_embed = ConvStem(*patch) if c.stem == 'conv' else PatchEmbedding(*patch, bias=c.patch_bias)
+        norm = NORMS[c.norm](c.dim, eps=c.norm_eps) if c.patch_norm else None
+        self.patch_embed = ConvStem(*patch) if c.stem == 'conv' else PatchEmbedding(*patch, c.patch_bias, norm)
         self.cls_token = nn.Parameter(torch.zeros(1, int(c.has_cls), c.dim))     # a token that is off has no rows
         self.registers = nn.Parameter(torch.zeros(1, c.n_registers, c.dim))
         self._add_positions()
         self.embed_drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.embed_norm = nn.LayerNorm(c.dim, eps=c.norm_eps) if c.embed_norm else nn.Identity()
         self.encoder = Encoder(c.dim, c.depth, c.n_heads, mlp_ratio=c.mlp_ratio, dropout=c.dropout,
-                               drop_path=c.drop_path, norm_eps=c.norm_eps, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm,
-                               layer_scale=c.layer_scale, act=c.act, gated=c.gated, inner_norms=c.inner_norms)
+                               drop_path=c.drop_path, norm=c.norm, norm_eps=c.norm_eps, qkv_bias=c.qkv_bias,
+                               qk_norm=c.qk_norm, layer_scale=c.layer_scale, act=c.act, gated=c.gated,
+                               inner_norms=c.inner_norms)
         if not c.last_norm: self.encoder.norm = nn.Identity()
         self.pool_norm = nn.Identity()
         if c.norm_after_pool: self.encoder.norm, self.pool_norm = self.pool_norm, self.encoder.norm
         self.attn_pool = nn.Identity()
         if c.pool == 'map':
-            self.attn_pool = AttentionPool(c.dim, c.pool_heads or c.n_heads, c.mlp_ratio, c.act, c.norm_eps)
+            self.attn_pool = AttentionPool(c.dim, c.pool_heads or c.n_heads, c.pool_mlp_ratio or c.mlp_ratio, c.act,
+                                           c.norm_eps)
         self.head = nn.Linear(c.pooled_dim, c.n_classes) if c.n_classes else nn.Identity()
         self.init_weights()
 
