@@ -207,6 +207,24 @@ def test_heat_map_reads_what_the_head_reads(model):
     mean = (read[:, None] @ maps[c.depth - 1].mean(1))[:, 0, p:].reshape(3, *c.grid)
     torch.testing.assert_close(heat_map(model, x, 'attention'), mean, atol=1e-5, rtol=0)
 
+def test_pools_of_several_tokens():
+    "Class token and mean of the patches count half each, tokens in front alike; an attention pool may read them, too"
+    model = make(pool='cls+mean')
+    x = images(model)
+    maps = attention_maps(model, x)[:, -1].mean(dim=1)
+    expected = (maps[:, 0, 1:] + maps[:, 1:, 1:].mean(dim=1))/2
+    torch.testing.assert_close(heat_map(model, x, 'attention').flatten(1), expected, atol=1e-5, rtol=0)
+    model = make(pool='prefix', cls_token=True, n_registers=2)
+    maps = attention_maps(model, x)[:, -1].mean(dim=1)
+    torch.testing.assert_close(heat_map(model, x, 'attention').flatten(1), maps[:, :3, 3:].mean(dim=1))
+    for changes in (dict(pool='cls+mean'), dict(pool='prefix', n_registers=2)):
+        model = make(**changes).double()
+        half = relevance(model, x.double())
+        assert half.std() > 1e-4 and half.shape == (3, model.n_prefix + 16)
+    model = make(pool='map', pool_prefix=True, n_registers=2)
+    read, = data_of(explore(model, x[:1]))['images']
+    assert min(read['read'][:2]) > 0 and sum(read['read']) == pytest.approx(1, abs=1e-5)
+
 def test_another_resolution():
     "Images of another size than the model was made for, as the model itself takes them"
     model = make(pool='cls')

@@ -56,14 +56,22 @@ def _record(model, x):
     "One forward pass: weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, logits"
     x = _images(x)
     with _evaluating(model), torch.no_grad():
-        rows, cols = _grid(x, model.config)
+        _grid(x, model.config)
         with record_attention(model) as weights: logits = model(x)
     maps = torch.stack([w for name, w in weights.items() if name.startswith('encoder.')], dim=1)
-    read = maps.new_zeros(len(x), model.n_prefix + rows*cols)
-    if model.config.pool == 'cls': read[:, 0] = 1
-    elif model.config.pool == 'mean': read[:, model.n_prefix:] = 1/(rows*cols)
-    else: read[:, model.n_prefix:] = weights['attn_pool.attn'][:, :, 0].mean(dim=1)
+    read = _reads(model, maps[0, 0, 0, 0]).repeat(len(x), 1)
+    if model.config.pool == 'map': read[:, _asked(model)] = weights['attn_pool.attn'][:, :, 0].mean(dim=1)
     return maps, read, logits
+
+def _asked(model): return slice(0 if model.config.pool_prefix else model.n_prefix, None)   # what 'map' attends to
+
+def _reads(model, tokens):
+    "How much of each token the head reads `(n)`, like one row of a map; zeros where an attention pool decides"
+    n, pool, read = model.n_prefix, model.config.pool, torch.zeros_like(tokens)
+    if 'cls' in pool: read[0] = 1
+    if 'mean' in pool: read[n:] = 1/len(read[n:])
+    if pool == 'prefix': read[:n] = 1/n
+    return read/2 if pool == 'cls+mean' else read
 
 # %% ../nbs/06_interpret.ipynb #08f04e4b
 def attention_maps(
@@ -131,9 +139,8 @@ def relevance(
     eye = torch.eye(steps[0].shape[-1], dtype=steps[0].dtype, device=steps[0].device)
     r = eye.expand(len(x), -1, -1)
     for step in steps[:model.config.depth]: r = r + step @ r
-    if model.config.pool == 'map': return (steps[-1] @ r[:, model.n_prefix:])[:, 0]
-    r = r - eye                                             # what every token is from the start says nothing
-    return r[:, 0] if model.config.pool == 'cls' else r[:, model.n_prefix:].mean(dim=1)
+    if model.config.pool == 'map': return (steps[-1] @ r[:, _asked(model)])[:, 0]
+    return _reads(model, r[0, 0]) @ (r - eye)               # what every token is from the start says nothing
 
 # %% ../nbs/06_interpret.ipynb #e8f19e89
 METHODS = ('attention', 'rollout', 'relevance')
@@ -515,6 +522,9 @@ def _data_uri(pixels):
     return f'data:image/{kind};base64,{base64.b64encode(stored[kind]).decode()}'
 
 # %% ../nbs/06_interpret.ipynb #pagefact
+_OUTPUTS = {'cls': None, 'mean': 'mean of patches', 'map': 'attention pool', 'prefix': 'mean of tokens in front',
+            'cls+mean': 'class token and mean of patches'}
+
 def _image_facts(title, pixels, probs, read, maps, rolled, compress):
     "What the page needs of one image"
     levels, scale = _quantise(maps.flatten(0, 1))
@@ -540,7 +550,7 @@ def _page_facts(model, images, titles, preprocessing, compress):
              f'of {c.patch_size} x {c.patch_size} pixels.')
     return dict(about=about, grid=grid, depth=c.depth, heads=c.n_heads, images=entries, deflated=compress,
                 prefix=['class token']*c.has_cls + [f'register {i + 1}' for i in range(c.n_registers)],
-                output={'cls': None, 'mean': 'mean of patches', 'map': 'attention pool'}[c.pool],
+                output=_OUTPUTS[c.pool],
                 colours=_encode(viridis.tobytes(), compress=False))
 
 # %% ../nbs/06_interpret.ipynb #13c75680

@@ -28,6 +28,7 @@ class Preprocessing:
     resize: str = 'crop'                  # so that the short side fits; 'squash': both; 'border': the long one; 'none'
     crop_pct: float = 1.                  # `img_size` as a fraction of the size that is resized to
     resize_size: int|tuple[int, int]|None = None   # that size, where it is not `img_size/crop_pct` rounded down
+    keep: str = 'middle'                  # what is cut out: the 'middle', or the upper left 'corner'
     interpolation: str = 'bilinear'       # 'nearest', 'bilinear', 'bicubic', 'lanczos' or 'box'
     backend: str = 'pillow'               # what resizes: 'pillow' (timm, torchvision) or 'torch' (transformers)
     antialias: bool = True                # does shrinking average over all pixels? pillow always does
@@ -74,7 +75,7 @@ class Preprocessing:
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0018
 # longer than 40 lines: a rule for each field
-_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
+_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), keep=('middle', 'corner'), backend=('pillow', 'torch'),
                interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
 
 def _as_tuple(name, value):
@@ -142,16 +143,17 @@ def _resized(prep, h, w):
     ratio = max(ratios) if prep.resize == 'border' else min(ratios)
     return max(round(h/ratio), 1), max(round(w/ratio), 1)
 
-def _start(have, want, backend):
+def _start(have, want, backend, keep='middle'):
     "Where the middle `want` of `have` pixels begins; below zero where there are too few"
     margin = have - want
+    if keep == 'corner' and margin > 0: return 0
     if margin < 0: return -(-margin//2)
     return margin//2 if backend == 'torch' else round(margin/2)   # transformers drops half a pixel, torchvision rounds
 
 def _window(prep, im):
     "Resize `im` and cut out its middle `(c h w)`; where that is too small, it gets a border"
     size = _resized(prep, im.height, im.width)
-    starts = [_start(have, want, prep.backend) for have, want in zip(size, prep.img_size)]
+    starts = [_start(have, want, prep.backend, prep.keep) for have, want in zip(size, prep.img_size)]
     (top, left), (bottom, right) = starts, (start + want for start, want in zip(starts, prep.img_size))
     inside = max(top, 0), max(left, 0), min(bottom, size[0]), min(right, size[1])
     x = _resample(prep, im, size, inside)

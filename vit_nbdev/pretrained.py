@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMM', 'FACEBOOK', 'TORCHVISION', 'OPENAI', 'TRANSFORMERS', 'CLIP', 'GOOGLE', 'ORIGINS', 'WIDTHS', 'CHANGEABLE',
-           'UNSUPPORTED', 'PREFERRED', 'KINDS', 'READERS', 'WRAPPERS', 'VARIANTS', 'REFUSED', 'POOLS', 'ARGS',
+           'UNSUPPORTED', 'PREFERRED', 'KINDS', 'SAFE', 'READERS', 'WRAPPERS', 'VARIANTS', 'REFUSED', 'POOLS', 'ARGS',
            'IGNORED', 'ACTS', 'TYPES', 'WEIGHTS', 'LEFT_OUT', 'NOT_TIMMS', 'PLAIN', 'our_names', 'load_pretrained',
            'to_timm', 'to_torchvision']
 
@@ -13,15 +13,17 @@ import argparse, json, math, pickle, re, zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from fastcore.foundation import L
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
@@ -43,7 +45,7 @@ TIMM = {
 FACEBOOK = TIMM | {  # the files of DeiT, DeiT III, DINOv2 and DINOv3 themselves; timm's models like EVA, and NaFlex
     'dist_token': 'registers', 'register_tokens': 'registers', 'storage_tokens': 'registers',
     'embeds.proj': 'patch_embed.proj', 'embeds.cls_token': 'cls_token', 'embeds.reg_token': 'registers',
-    'embeds.pos_embed': 'pos_embed'
+    'embeds.pos_embed': 'pos_embed', 'head.proj': 'head'                # of open_clip, above a model of timm
 } | _blocks('blocks.#.', {
     'gamma_1': 'ls1.gamma', 'gamma_2': 'ls2.gamma', 'attn.q_proj': 'attn.q', 'attn.k_proj': 'attn.k',
     'attn.v_proj': 'attn.v', 'attn.q_bias': 'attn.q.bias', 'attn.v_bias': 'attn.v.bias',
@@ -100,9 +102,13 @@ GOOGLE = {
     'embedding': 'patch_embed.proj', 'cls': 'cls_token', 'pos_embedding': 'pos_embed', 'head': 'head',
     'Transformer.posembed_input.pos_embedding': 'pos_embed', 'Transformer.encoder_norm': 'encoder.norm',
     'Transformer.pos_embedding': 'pos_embed',
-    'MAPHead_#.probe': 'attn_pool.probe', 'MAPHead_#.LayerNorm_0': 'attn_pool.norm',
-    'MAPHead_#.MlpBlock_0.Dense_0': 'attn_pool.mlp.fc1', 'MAPHead_#.MlpBlock_0.Dense_1': 'attn_pool.mlp.fc2'
-} | {f'MAPHead_#.MultiHeadDotProductAttention_0.{theirs}': f'attn_pool.attn.{ours}' for theirs, ours in _QKV.items()}
+    'MAPHead_#.probe': 'attn_pool.probe', 'probe': 'attn_pool.probe'
+}
+for where, n in (('MAPHead_#.', '0'), ('', '#')):                              # older files have this head in the open
+    GOOGLE |= {f'{where}LayerNorm_{n}': 'attn_pool.norm', f'{where}MlpBlock_{n}.Dense_0': 'attn_pool.mlp.fc1',
+               f'{where}MlpBlock_{n}.Dense_1': 'attn_pool.mlp.fc2'}
+    attn = f'{where}MultiHeadDotProductAttention_{n}.'
+    GOOGLE |= {attn + theirs: f'attn_pool.attn.{ours}' for theirs, ours in _QKV.items()}
 for attn, norm, mlp in ((1, 2, 3), (0, 1, 0)):                                 # vision_transformer, big_vision
     GOOGLE |= _blocks('Transformer.encoderblock_#.', {
         'LayerNorm_0': 'norm1', f'LayerNorm_{norm}': 'norm2',
@@ -138,6 +144,7 @@ ORIGINS = dict(   # the mark among the names (`also`: another one beside it), an
     dinov3=_origin(_NORM, FACEBOOK, 1e-5, 'bicubic_antialias', _IMAGENET, 'bicubic', 1., also=('storage_tokens',)),
     dinov2=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_offset', _IMAGENET, 'bicubic', 224/256, also=('mask_token',)),
     timm=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_antialias', _HALF, 'bicubic', 0.9),
+    meta=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_antialias', _IMAGENET, 'bicubic', 224/256),   # see `_whose`
     torchvision=_origin('conv_proj.weight', TORCHVISION, 1e-6, 'bicubic_corners', _IMAGENET, 'bilinear', 224/256),
     transformers_dinov3=_origin('embeddings.patch_embeddings.weight', TRANSFORMERS, 1e-5, 'bicubic', _IMAGENET,
                                 'bilinear', 1., **_HF),
@@ -269,8 +276,10 @@ def _configure(w, origin, facts, changes):
             what = getattr(old, k, 'no such field')
             raise ValueError(f"{k}={v!r} does not fit the weights ({what}); "
                              f"what can be changed: {', '.join(CHANGEABLE)}")
-    assumed = {k: v for k, v in usual.items() if k not in told | changes and k != 'pos_resize'}
-    if shapes['cls_token'] and shapes['pool'] == 'cls' and 'pool' not in known | changes: assumed['pool'] = 'cls'
+    assumed = {k: v for k, v in usual.items() if k not in told | changes and (k != 'pos_resize' or not known)}
+    if 'pool' not in known | changes and not shapes['norm_after_pool'] and shapes['pool'] in ('cls', 'mean'):
+        assumed['pool'] = shapes['pool']
+    if shapes['pool'] == 'map' and old.n_prefix and not known: assumed['pool_prefix'] = old.pool_prefix
     if shapes['norm'] == 'rms' and 'norm' not in known: assumed['norm'] = 'rms'
     return old, replace(old, **changes), assumed
 
@@ -344,9 +353,26 @@ class _NoInit(TorchFunctionMode):
         if name.endswith('_') and not name.endswith('__'): return args[0] if args else kwargs['tensor']
         return func(*args, **(kwargs or {}))
 
+def _like(module):
+    "A second module like `module`"
+    new = object.__new__(type(module))
+    for name, x in vars(module).items():
+        if isinstance(x, dict): x = type(x)(x) if x else type(x)()       # hooks, parameters and parts of its own
+        new.__dict__[name] = x
+    for name, part in module._modules.items(): new._modules[name] = _like(part)
+    return new
+
+def _skeleton(config):
+    "A `ViT` on the meta device; one block is built, and the others are made like it, which is faster"
+    with torch.device('meta'), _NoInit(): model = ViT(replace(config, depth=1) if config.drop_path == 0 else config)
+    model.config, blocks = config, model.eval().encoder.blocks
+    for i in range(len(blocks), config.depth): blocks.add_module(str(i), _like(blocks[0]))
+    return model
+
+# %% ../nbs/05_pretrained.ipynb #5fa0cd17
 def _build(config, w):
     "A `ViT` whose parameters are the tensors `w`, without a copy and without drawing numbers that nobody needs"
-    with torch.device('meta'), _NoInit(): model = ViT(config)
+    model = _skeleton(config)
     want = model.state_dict()
     for name in ('cls_token', 'registers'):        # those that are off have no rows
         if not want[name].numel(): w[name] = w['encoder.blocks.0.norm1.weight'].new_zeros(want[name].shape)
@@ -355,10 +381,13 @@ def _build(config, w):
                                   if k in w and w[k].shape != x.shape]}
     wrong = [f"{what}: {', '.join(names)}" for what, names in wrong.items() if names]
     if wrong: raise ValueError(f"the weights don't fit the model; {'; '.join(wrong)}")
-    model.load_state_dict(w, assign=True)
+    for path, module in model.named_modules():
+        for table, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor.detach)):
+            for name in table:
+                if (x := w.get(f'{path}.{name}' if path else name)) is not None: table[name] = kind(x)
     if config.positions == 'none': model.pos_embed = torch.zeros(1, config.n_patches, config.dim)
     if config.positions == 'sincos2d': model.pos_embed = sincos_2d(*config.grid, config.dim)[None]
-    return model.eval()
+    return model
 
 # %% ../nbs/05_pretrained.ipynb #3cee3960
 def _variant(what):
@@ -409,8 +438,9 @@ def _recognise(w):
         stray = origin.startswith('transformers') and _rename(short, facts['names']) != short     # written without it
         if whole or (short.split('.')[0] in heads or stray) and short not in inner: inner[short] = x
         else: outside.append(name)
+    names = '\n'.join(inner)
     for pattern, what in UNSUPPORTED.items() if origin != 'vit_nbdev' else ():
-        if found := [name for name in inner if re.search(pattern, name)]: raise _variant(f'{what} ({found[0]})')
+        if found := re.search(f'^.*({pattern}).*$', names, re.M): raise _variant(f'{what} ({found[0]})')
     return origin, inner, prefix, outside
 
 # %% ../nbs/05_pretrained.ipynb #83173dfe
@@ -525,11 +555,13 @@ def _read_script(path):
 # %% ../nbs/05_pretrained.ipynb #9e7233ab
 def _is_script(path): return zipfile.is_zipfile(path) and any('/code/' in n for n in zipfile.ZipFile(path).namelist())
 
+_NUMBERS = [type(np.dtype(kind)) for kind in ('float32', 'float64', 'int64')]
+SAFE = [argparse.Namespace, L, np.dtype, np.float64(0).__reduce__()[0], *_NUMBERS]
+
 def _read_pickle(path):
-    "A pickle of tensors and plain containers, and of the arguments that training scripts put beside them"
+    "A pickle of tensors and plain containers; `SAFE` is what training scripts and fastai's optimizers put beside them"
     if _is_script(path): return _read_script(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location='cpu', weights_only=True)
+    with torch.serialization.safe_globals(SAFE): return torch.load(path, map_location='cpu', weights_only=True)
 
 READERS = {'.safetensors': load_file} | dict.fromkeys(('.pth', '.pt', '.bin', '.ckpt', '.tar'), _read_pickle)
 READERS |= {'.npz': _read_npz, '.onnx': _read_onnx}
@@ -562,7 +594,7 @@ def _unwrap(w):
         said |= {k: w[k] for k in ('arch',) if isinstance(w.get(k), str)}
         others = f" ({', '.join(keys[1:])} is there, too)" if keys[1:] else ''
         taken.append(f"{keys[0]!r}{others}")
-        w = w[keys[0]]
+        said['inside'], w = keys[0], w[keys[0]]
     if not isinstance(w, Mapping): raise ValueError(f"expected a state dict, a dict of tensors, got {type(w).__name__}")
     if not w: raise ValueError("expected a state dict, a dict of tensors; it is empty")
     for k, x in w.items():
@@ -580,10 +612,11 @@ def _json(path):
     if not isinstance(c, dict): raise ValueError(f"{path} holds {type(c).__name__}, expected an object {{...}}")
     return c
 
-def _facts(folder):
-    "What `config.json` and `preprocessor_config.json` in `folder` say"
-    c, p = _json(folder/'config.json'), _json(folder/'preprocessor_config.json')
+def _facts(folder, file=''):
+    "What `config.json` and `preprocessor_config.json` in `folder`, or for open_clip's `file` its own, say"
+    c, p, clip = (_json(folder/f'{name}.json') for name in ('config', 'preprocessor_config', 'open_clip_config'))
     try:
+        if clip and (file.startswith('open_clip') or not c): return _open_clip_facts(clip)
         if 'pretrained_cfg' in c and c.get('model_type') == 'timm_wrapper' or 'architecture' in c: return _timm_facts(c)
         if 'model_type' in c: return _transformers_facts(c, p)
         if 'auto_map' in c: raise ValueError("config.json asks to run code of its own (auto_map), which is never done")
@@ -607,7 +640,8 @@ VARIANTS = {   # what timm's architectures have that their weights don't tell; l
     'clip|beit3': dict(norm_eps=1e-5), '^eva': dict(norm_eps=1e-6), 'eva_large': dict(norm_eps=1e-6),
     'quickgelu': dict(act='quick_gelu'), '^vit_base_patch16_gap': dict(n_heads=16),
     'patch32_siglip|so400m_patch16_siglip|large_patch16_siglip.*512|giantopt': dict(act='gelu_tanh'),
-    'huge_plus.*dinov3': dict(n_heads=20), 'giant.*(lingbot|dinov2|tipsv2|radio)': dict(n_heads=24), 'dinov3|lingbot': _TURNS,
+    'huge_plus.*dinov3': dict(n_heads=20), 'giant.*(lingbot|dinov2|tipsv2|radio)': dict(n_heads=24),
+    'dinov3|lingbot': _TURNS,
     '^eva02': dict(rotary='eva02', rotary_size=16), '^test_vit2?$': dict(n_heads=2),
     '^test_vit3$': dict(n_heads=3, pool_prefix=True),
     r'rope_(ape_)?\d': dict(rotary='rope_vit', order='xy'), 'rope_reg': dict(rotary='eva02', rotary_size=16),
@@ -650,10 +684,28 @@ def _timm_facts(c):
     size = prep.get('input_size')
     if 'img_size' not in config and size and 'naflex' not in name: config['img_size'] = tuple(size[1:])
     interleaved = config.get('rotary', 'dinov3') != 'dinov3'
-    facts = dict(config=config, order=config.pop('order', 'ij'), interleaved=interleaved,
+    facts = dict(config=config, order=config.pop('order', 'ij'), interleaved=interleaved, library='timm',
                  labels=_labels(prep.get('label_names')))
     if size: facts['prep'] = timm_preprocessing(prep)
     return facts
+
+# %% ../nbs/05_pretrained.ipynb #6ad32fc3
+def _open_clip_facts(c):
+    "Of open_clip's open_clip_config.json"
+    model, p = c['model_cfg'], c.get('preprocess_cfg') or {}
+    vision, mode = model['vision_cfg'], p.get('resize_mode', 'shortest')
+    size = _pair(_size(vision.get('image_size', 224)))
+    prep = dict(input_size=(3, *size), crop_pct=1., interpolation=p.get('interpolation', 'bicubic'),
+                crop_mode=dict(shortest='center', longest='border').get(mode, mode),
+                mean=p.get('mean', _CLIP['mean']), std=p.get('std', _CLIP['std']))
+    if name := vision.get('timm_model_name'):
+        pool = vision.get('timm_pool')
+        return _timm_facts(dict(architecture=name, global_pool=pool, pretrained_cfg=prep))
+    pool = vision.get('pool_type', 'tok')
+    if pool not in ('tok', 'avg'): raise _variant(f'pool_type={pool!r}')
+    config = dict(img_size=size, n_heads=vision['width']//vision.get('head_width', 64), norm_eps=1e-5,
+                  act='quick_gelu' if model.get('quick_gelu') else 'gelu', pool=dict(tok='cls', avg='mean')[pool])
+    return dict(config=config, prep=timm_preprocessing(prep), norm_after_pool=vision.get('final_ln_after_pool', False))
 
 # %% ../nbs/05_pretrained.ipynb #e3360f0b
 ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', quick_gelu='quick_gelu', relu='relu',
@@ -709,9 +761,27 @@ def _preprocessing(origin, facts, old, new, changes):
         size, resize = new._sides, prep.resize_size
         if resize: resize = tuple(round(r*s/side) for r, s, side in zip(resize, size, prep.img_size))
         prep = replace(prep, img_size=size, resize_size=resize)
+    elif any(side % new.patch_size for side in prep.img_size):      # pixels beyond the last whole patch are dropped
+        whole = tuple(side//new.patch_size*new.patch_size for side in prep.img_size)
+        prep = replace(prep, img_size=whole, resize_size=prep.resized, crop_pct=1., keep='corner')
     labels = facts.get('labels')
+    if labels is None and old.n_classes == new.n_classes:
+        labels = _imagenet(facts.get('library', origin), new.n_classes)
     if labels is None or len(labels) != new.n_classes: labels = [str(i) for i in range(new.n_classes)]
     return replace(prep, labels=tuple(labels))
+
+@lru_cache
+def _imagenet(library, n_classes):
+    "Names of ImageNet's classes in the order of the library of the weights, if it is installed and has that many"
+    try:
+        if library == 'torchvision' and n_classes == 1000:
+            from torchvision.models import ViT_B_16_Weights
+            return ViT_B_16_Weights.IMAGENET1K_V1.meta['categories']
+        if library == 'timm' and n_classes:
+            from timm.data import ImageNetInfo, infer_imagenet_subset
+            subset = infer_imagenet_subset(dict(num_classes=n_classes))
+            return ImageNetInfo(subset).label_descriptions() if subset else None
+    except ImportError: return None
 
 # %% ../nbs/05_pretrained.ipynb #3a42664f
 _ON_HUB = ['config.json', 'preprocessor_config.json', '*.index.json']
@@ -786,7 +856,7 @@ def _read(source):
     except SafetensorError as e: raise ValueError(f"a shard beside {path} can't be read: fetch it again") from e
     w, report, said = _unwrap(raw)
     if path.suffix == '.npz': return *_from_flax(w), report, said
-    return w, {} if path.suffix == '.onnx' else _facts(path.parent), report, said
+    return w, {} if path.suffix == '.onnx' else _facts(path.parent, path.name), report, said
 
 # %% ../nbs/05_pretrained.ipynb #0376c60a
 def _waves(kernel, img_size):
@@ -823,14 +893,15 @@ def _prepare(w, origin, facts, changes):
     if origin == 'google' and 'pos_embed' not in w:
         w['pos_embed'] = _waves(w['patch_embed.proj.weight'], changes.get('img_size', 224))
         report.append('new: pos_embed, the fixed waves of big_vision (sincos2d) as learned positions')
-    changes = _fold(w, origin, changes, report)
+    changes = _fold(w, origin, facts, changes, report)
     if facts.get('interleaved'): _in_halves(w, facts)
     return w, changes, report
 
 # %% ../nbs/05_pretrained.ipynb #4658295e
-def _fold(w, origin, changes, report):
+def _fold(w, origin, facts, changes, report):
     "Where the same function can be written with fewer parts, write it so, in place; the changes that this needs"
     if 'registers' in w and w['registers'].numel() == 0: del w['registers']
+    if facts.get('norm_after_pool'): w |= {f'pool_norm.{k}': w.pop(f'encoder.norm.{k}') for k in ('weight', 'bias')}
     if 'dinov2' in origin and 'registers' in w:    # registers have no position, and stretching is timm's
         position, w['pos_embed'] = w['pos_embed'].tensor_split([1], dim=1)
         w['cls_token'], changes = w['cls_token'] + position, dict(pos_resize='bicubic_antialias') | changes
@@ -844,16 +915,23 @@ def _fold(w, origin, changes, report):
         names = ('attn_pool.', 'encoder.norm.') if origin == 'transformers_clip' else ('attn_pool.',)
         for name in [name for name in w if name.startswith(names)]: del w[name]
         changes = dict(pool='mean') | changes
-    if 'head.weight' in w and 'head.bias' not in w: w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
-    for layer in ('attn.proj', 'mlp.fc1', 'mlp.fc2'):                                  # zeros where no block has a bias
-        missing = [name for name in w if re.fullmatch(rf'encoder\.blocks\.\d+\.{layer}\.weight', name)]
-        if not any(name.removesuffix('weight') + 'bias' in w for name in missing):
-            for name in missing: w[name.removesuffix('weight') + 'bias'] = w[name].new_zeros(len(w[name]))
+    if 'head.weight' in w and 'head.bias' not in w:
+        w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
+        report.append("the head has no bias: it leads into the space that images share with texts, not to classes")
+    _zero_biases(w)
     if origin == 'dinov3' and (bias := [name for name in w if name.endswith('attn.qkv.bias')]):
         for name in bias:                                                              # the keys' part is masked
             q, _, v = w[name].chunk(3)
             w[name] = torch.cat([q, q*0, v])
     return changes
+
+# %% ../nbs/05_pretrained.ipynb #b980ef63
+def _zero_biases(w):
+    "In place: zeros for the linear layers that have no bias in any block"
+    for layer in ('attn.proj', 'mlp.fc1', 'mlp.fc2'):
+        weights = [name for name in w if re.fullmatch(rf'encoder\.blocks\.\d+\.{layer}\.weight', name)]
+        biases = [name.removesuffix('weight') + 'bias' for name in weights]
+        if not any(name in w for name in biases): w |= {b: w[a].new_zeros(len(w[a])) for a, b in zip(weights, biases)}
 
 def _in_halves(w, facts):
     "Rows of q and k in our order: pairs of neighbouring channels become pairs from the two halves of a head"
@@ -877,11 +955,10 @@ def load_pretrained(
     w, facts, report, said = _read(source)
     origin, w, prefix, outside = _recognise(w)
     if outside: report.append(f"left out: {_summary(outside)}")
-    _check_bare(w, origin, facts)
-    w, changes, done = _prepare(w, origin, facts, changes)
+    if not facts: report += _check_bare(w, origin, said, changes)
     config = facts.setdefault('config', {})
-    if ('base_encoder.' in prefix or said.get('arch') == 'vit_small') and 'moco' not in said:
-        if w['encoder.blocks.0.norm1.weight'].shape[0] == 384: config.setdefault('n_heads', 12)      # MoCo v3's ViT-S
+    origin = _whose(origin, w, config, prefix, outside, said)
+    w, changes, done = _prepare(w, origin, facts, changes)
     old, new, assumed = _configure(w, origin, facts, changes)
     report += done + _adapt(w, old, new)
     model = _build(new, w)
@@ -898,21 +975,36 @@ def load_pretrained(
     return model
 
 # %% ../nbs/05_pretrained.ipynb #90324158
-def _check_bare(w, origin, facts):
-    "Raise an error where names alone would be taken for another model's"
-    if facts: return
-    if 'norm_pre.weight' in w and 'attn_pool.latent' in w or 'conv1.weight' in w and 'attn_pool.probe' in w:
-        raise ValueError("these look like the weights of a Perception Encoder, whose rotary positions are not among "
-                         "them: load the folder that has timm's config.json beside them")
-    if origin == 'timm' and 'reg_token' in w and 'pos_embed' not in w:
-        raise ValueError("there are registers and no positions among the weights, so they are rotary, of a kind that "
-                         "names don't tell: load the folder that has timm's config.json beside them")
+def _whose(origin, w, config, prefix, outside, said):
+    "The origin, more closely: what wraps the weights tells Meta's files from timm's; what only their maker knows"
+    if origin == 'openai' and 'vocab_size' in outside: config.setdefault('act', 'quick_gelu')     # OpenAI's own files
+    if origin != 'timm' or config: return origin
+    moco = 'base_encoder.' in prefix or said.get('arch') == 'vit_small'
+    if moco and len(w['blocks.0.norm1.weight']) == 384: config['n_heads'] = 12                    # MoCo v3's ViT-S
+    if said.get('inside') == 'teacher': config['pos_resize'] = 'bicubic_offset'                   # DINO
+    return 'meta' if moco or said.get('inside') in ('model', 'teacher', 'target_encoder') else 'timm'
+
+def _check_bare(w, origin, said, changes):
+    "Raise an error where names alone would be taken for another model's; what is to be said where they may be"
+    def refuse(what):
+        raise ValueError(f"these {what}: load the folder that has timm's config.json beside them")
+    eva = any(re.search(r'mlp\.fc1_g|attn\.q_bias', name) for name in w) and 'blocks.0.norm1.bias' in w
+    attention_pool, last_norm = 'attn_pool.latent' in w, {'norm.weight', 'fc_norm.weight'} & set(w)
+    if 'norm_pre.weight' in w and (attention_pool or not last_norm) or 'conv1.weight' in w and 'attn_pool.probe' in w:
+        refuse("look like the weights of a Perception Encoder, whose rotary positions are not among them")
     if 'embeds.proj.weight' in w:
-        raise ValueError("these look like the weights of a NaFlex model, whose names don't tell how its positions are "
-                         "stretched: load the folder that has timm's config.json beside them")
-    if origin == 'timm' and any(re.search(r'mlp\.fc1_g|attn\.q_bias', name) for name in w):
-        raise ValueError("these look like the weights of an EVA model, whose names don't tell if its positions are "
-                         "rotary: load the folder that has timm's config.json beside them")
+        refuse("look like the weights of a NaFlex model, whose names don't tell how its positions are stretched")
+    if origin != 'timm': return []
+    if 'reg_token' in w and 'pos_embed' not in w:
+        refuse("have registers and no positions, which are rotary then, of a kind that names don't tell")
+    if eva: refuse("look like the weights of an EVA model, whose names don't tell if its positions are rotary")
+    if 'fc_norm.weight' in w and not {'cls_token', 'reg_token', 'blocks.0.attn.qkv.bias'} & set(w):
+        refuse("look like weights with norms behind the branches (rpn), which have the names of those before them")
+    if not {'blocks.0.gamma_1', 'pos_embed'} <= set(w) or 'rotary' in changes: return []
+    if 'inside' in said:
+        return ["taken for DeiT III, which has no rotary positions (timm's rope_ape has the same names)"]
+    raise ValueError("DeiT III and a model with rotary positions beside learned ones (rope_ape) have these names: "
+                     "pass rotary='none' for DeiT III, or load the folder that has timm's config.json beside them")
 
 # %% ../nbs/05_pretrained.ipynb #5bed66a4
 def _names(model, table):
@@ -937,8 +1029,9 @@ def to_timm(model: ViT) -> dict[str, Tensor]:  # a state dict for timm, which sh
     return w
 
 PLAIN = dict(pool='cls', n_registers=0, positions='learned', prefix_positions=True, rotary='none', stem='patch',
-             norm='layer', patch_norm=False, embed_norm=False, act='gelu', gated=False, norm_after_pool=False, last_norm=True, inner_norms='none',
-             qk_norm=False, qkv_bias=True, patch_bias=True, layer_scale=None, norm_eps=1e-6)
+             norm='layer', patch_norm=False, embed_norm=False, act='gelu', gated=False, norm_after_pool=False,
+             last_norm=True, inner_norms='none', qk_norm=False, qkv_bias=True, patch_bias=True, layer_scale=None,
+             norm_eps=1e-6)
 
 def to_torchvision(model: ViT) -> dict[str, Tensor]:  # a state dict for torchvision, which shares memory with `model`
     "The weights of `model` under the names of torchvision's `VisionTransformer`"

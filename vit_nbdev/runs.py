@@ -513,6 +513,9 @@ def predict(
     "The classes that a model sees in images"
     device = get_device(device)
     model, prep = trained_model(run)
+    if not model.config.n_classes:
+        raise ValueError("the model computes features and names no classes: give it some with "
+                         "vit_learner(dls, pretrained=...), and train")
     model, pairs, results = model.to(device), _images(images), []
     starts = range(0, len(pairs), bs)
     with redirect_stdout(sys.stderr):    # where fastprogress shall draw

@@ -89,6 +89,7 @@ CHOICES = dict(pool=('cls', 'mean', 'map', 'cls+mean', 'prefix'), positions=('le
                inner_norms=('none', 'mlp', 'both'), norm=tuple(NORMS))
 
 # %% ../nbs/02_vit.ipynb #c88462a3
+# longer than 40 lines: a line for each field
 @dataclass(frozen=True)
 class ViTConfig:
     "What defines a Vision Transformer; checked on creation, so that a wrong value is named at once"
