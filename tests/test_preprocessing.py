@@ -1,5 +1,5 @@
 """Pictures of all shapes become the numbers that timm, torchvision and transformers make, or the error says why not."""
-import json
+import json, struct, zlib
 
 import numpy as np
 import pytest
@@ -151,6 +151,41 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(TypeError, match='got a int, expected an image file'): Preprocessing(8, HALF, HALF)(3)
     with pytest.raises(ValueError, match='in_chans=4: images are read as 1 channel'):
         Preprocessing(8, [.5]*4, [.5]*4, in_chans=4)(tmp_path/'large.png')
+
+def test_a_border_has_the_colour_that_was_asked_for():
+    "The mean, as timm's, or a grey that does not change with the statistics"
+    long = np.zeros((8, 32, 3), np.uint8)
+    for fill, grey in ((None, 64), (128, 128), (0, 0)):
+        x = Preprocessing(16, [0.25]*3, HALF, resize='pad', fill=fill)(long)
+        assert x.shape == (3, 16, 16) and (x[:, :6] == grey).all() and (x[:, 6:10] == 0).all()
+    assert Preprocessing(16, HALF, HALF, resize='pad') == Preprocessing(16, HALF, HALF, resize='border')
+    for fill in (-1, 256, 0.5, 'grey'):
+        with pytest.raises(ValueError, match='fill=.* must be an integer'): Preprocessing(8, HALF, HALF, fill=fill)
+
+@pytest.mark.parametrize('how, kept', [({}, 1/3), (dict(resize='squash'), 1), (dict(resize='pad'), 1),
+                                       (dict(crop_pct=0.5), 1/12), (dict(resize='none'), 32*32/(300*100))])
+def test_how_much_is_kept(how, kept): assert abs(Preprocessing(32, HALF, HALF, **how).kept(100, 300) - kept) < 1e-9
+
+def test_what_pillow_stumbles_over_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path/'empty.png').touch()
+    with pytest.raises(ValueError, match='empty.png is empty: replace it'): open_image(tmp_path/'empty.png')
+    Image.new('L', (9, 9)).save(tmp_path/'a.png')
+    for error in (IndexError('x'), KeyError('x'), struct.error('x'), EOFError(), zlib.error('x'), OverflowError('x')):
+        def fails(*args, error=error, **kwargs): raise error
+        monkeypatch.setattr(Image, 'open', fails)
+        with pytest.raises(ValueError, match="a.png can't be read as an image"): open_image(tmp_path/'a.png')
+
+def test_colours_are_not_taken_for_grey(tmp_path):
+    "A palette's numbers and one bit are no values between black and white"
+    im = Image.new('P', (4, 4), 1)
+    im.putpalette([0, 0, 0, 200, 200, 200])
+    im.save(tmp_path/'a.png')
+    for values in (None, (0, 255)):
+        prep = Preprocessing(4, [.5], [.5], in_chans=1, value_range=values)
+        assert prep(tmp_path/'a.png').unique().tolist() == [200]
+        assert prep(Image.new('1', (4, 4), 1)).unique().tolist() == [255]
+    mask = Preprocessing(4, [.5], [.5], in_chans=1, value_range=(0, 3))(np.full((4, 4), 2, np.uint8))
+    assert mask.unique().tolist() == [170]
 
 def test_a_bomb_is_named(tmp_path, monkeypatch):
     Image.new('L', (400, 400)).save(tmp_path/'large.png')

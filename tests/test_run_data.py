@@ -1,5 +1,5 @@
 """What a run is told of its data and what it says of it: options, sentences, `config.json`, the report."""
-import json
+import json, os, re, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 import torch
 from fastai.torch_core import TensorImage, set_seed
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from vit_nbdev.cli import vit_predict, vit_train
 from vit_nbdev.data import small_affine, tensor_dls
 from vit_nbdev.learner import RECIPES
-from vit_nbdev.report import percent
+from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.report import balanced_accuracy, class_results, percent, plot_confusion, plot_predictions, write_report
+from vit_nbdev.runs import predict, save_model
+from vit_nbdev.vit import vit
 
 def paint(path, n=12, size=(28, 28)):
     "Two classes of noise, no two pictures alike"
@@ -108,3 +114,80 @@ def test_class_weights_help_the_small_class(tmp_path):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr)
         learned[weighted] = int((learn.get_preds(dl=dls.valid)[0].argmax(1) == 1)[190:].sum())
     assert learned[False] == 0 and learned[True] >= 5
+
+# --- the report ---
+
+def a_font(file, name, characters):
+    "A font that has these characters only, each drawn as a square"
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 700), (700, 700), (700, 0)): pen.lineTo(point)
+    pen.closePath()
+    names = ['.notdef', *(f'uni{ord(c):04X}' for c in characters)]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap({ord(c): n for c, n in zip(characters, names[1:])})
+    font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable(dict(familyName=name, styleName='Regular'))
+    font.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    font.setupPost()
+    font.save(file)
+
+@pytest.mark.parametrize('names', [['猫', '犬'], ['cat 猫', 'dog 犬'], ['ねこ', 'いぬ']])
+def test_names_are_drawn_with_fonts_that_have_their_glyphs(names, tmp_path, monkeypatch):
+    a_font(tmp_path/'a.ttf', 'A Test Font', sorted(set(''.join(names)) - set('catdog ')))
+    monkeypatch.setattr(font_manager.fontManager, 'ttflist', list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(tmp_path/'a.ttf')
+    targets, probs = torch.tensor([0, 1]), torch.tensor([[.9, .1], [.8, .2]])
+    for fig in (plot_confusion(targets, probs.argmax(1), names),
+                plot_predictions(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), targets, probs, names)):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')                # "Glyph 29483 missing from font"
+            fig.savefig(tmp_path/'a.png')
+
+def test_names_that_no_font_has_are_drawn_all_the_same(tmp_path):
+    fig = plot_confusion(torch.tensor([0, 1]), torch.tensor([0, 1]), ['\U0001fae8', '\U00012345'])
+    fig.savefig(tmp_path/'a.png')
+
+UNEVEN = dict(balanced=([0]*190 + [1]*10, [0]*200, 0.5, '190 of 190', '0 of 10'),
+              half=([0]*30 + [1]*2, [0]*30 + [1, 0], 0.75, '30 of 30', '1 of 2'),
+              absent=([0]*5, [0]*4 + [1], 0.8, '4 of 5', '0 of 0'))
+
+@pytest.mark.parametrize('name', UNEVEN)
+def test_the_page_has_each_class(name, tmp_path):
+    targets, predictions, balanced, many, few = UNEVEN[name]
+    results = class_results(torch.tensor(targets), torch.tensor(predictions), ['many', 'few'])
+    assert balanced_accuracy(results) == balanced
+    names = ('recipe model epochs bs lr wd label_smoothing ema mixup clip augment erase rand_augment seed precision '
+             'compile').split()
+    settings = dict.fromkeys(names, 1) | dict(data='d', changes={})
+    accuracy = np.mean(np.array(targets) == predictions)
+    facts = dict(settings=settings, preprocessing=dict(labels=['many', 'few']), parameters=1, device='cpu', processes=1,
+                 seconds=1, images_per_second=1, versions={})
+    write_report(tmp_path, dict(**facts, test_accuracy=accuracy, n_test=len(targets), class_results=results))
+    page = (tmp_path/'report.html').read_text()
+    rows = re.findall('<tr><td>(many|few)</td><td>(.*?)</td>', page)
+    assert sorted(rows) == [('few', few), ('many', many)]
+    assert re.search(f'class="big">{percent(accuracy)}, balanced over the classes {percent(balanced)}', page)
+
+# --- what is no ordinary file ---
+
+def test_pipes_and_devices_do_not_hang(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path/'p')
+    os.mkfifo('pipe')
+    save_model(vit('digits', n_classes=2), 'run', Preprocessing(8, [.5], [.5], in_chans=1, labels=['a', 'b']))
+    for kwargs, sentence in ((dict(data='pipe'), "no data set 'pipe'"),
+                             (dict(data='/proc'), '/proc is no folder of images'),
+                             (dict(data='/dev/zero'), 'no data set'), (dict(data='p', out='pipe'), 'pipe exists'),
+                             (dict(data='p', out='pipe', force=True), 'pipe is not a run'),
+                             (dict(data='p', out='/proc/run'), "can't write to /proc"),
+                             (dict(data='mnist', path='pipe'), 'the path pipe is not a folder'),
+                             (dict(resume='pipe'), 'there is no unfinished run')):
+        with pytest.raises(SystemExit, match=sentence): vit_train.__wrapped__(**dict(epochs=1, device='cpu') | kwargs)
+    for image in ('pipe', '/dev/zero', '/proc/kmsg', '/proc/self/mem'):
+        assert 'is no ordinary file: give an image file' in predict('run', image, device='cpu')[0]['error']
+    with pytest.raises(ValueError, match='/proc is no folder of images'): predict('run', '/proc', device='cpu')
+    with pytest.raises(SystemExit, match='there is no run folder pipe'): vit_predict.__wrapped__('pipe', ['p'])

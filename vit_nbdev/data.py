@@ -505,6 +505,7 @@ def _vocab(path, found, left_out):
         what += f" ({vocab[0]})" if vocab else ''
         raise ValueError(f"{path} holds {what}{_but(left_out)}: a folder per class is expected, two or more")
     for split, names in classes.items():
+        if not names: raise ValueError(f"{path}: no image is left to {split}{_but(left_out)}: add some")
         if extra := names - classes['train']:
             raise ValueError(f"{path}: {split} has classes that train lacks: {some(extra)}")
     return vocab
@@ -570,7 +571,7 @@ def _name_bad(bad, n):
     return f"{len(bad)} of {n:,} pictures can't be used: {each}"
 
 # %% ../nbs/03_data.ipynb #fold0001
-def _set_apart(found, vocab, seed):
+def _set_apart(path, found, vocab, seed):
     "Take validation and test files out of the training files where `found` lacks them, 15 % each"
     n = max(round(0.15*len(found['train'][0])), len(vocab))
     for split in ('test', 'valid'):
@@ -578,7 +579,7 @@ def _set_apart(found, vocab, seed):
         files, classes = found['train']
         few, left = min(Counter(classes).items(), key=lambda item: item[1])
         if left < 3:
-            raise ValueError(f"class {few!r} has too few images ({left} left) to set some apart for {split}: "
+            raise ValueError(f"{path}: class {few!r} has too few images ({left} left) to set some apart for {split}: "
                              "give every class four or more, or make folders train, valid and test")
         parts = _split(torch.tensor([vocab.index(c) for c in classes]), n, seed)
         found['train'], found[split] = [([files[i] for i in part], [classes[i] for i in part]) for part in parts]
@@ -641,7 +642,7 @@ def folder_dls(
     found, splits = _classes(path, files, left_out)
     vocab = _vocab(path, found, left_out)
     _check_memory(len(files), prep)
-    found = _set_apart(found, vocab, seed)
+    found = _set_apart(path, found, vocab, seed)
     pictures = _pixels(found, prep, skip_bad, left_out)
     vocab = _vocab(path, found, left_out)     # after what could not be read was taken out
     data = {s: (pictures[s].x, torch.tensor([vocab.index(c) for c in classes])) for s, (_, classes) in found.items()}
