@@ -30,6 +30,7 @@ class PatchConv(nn.Conv2d):
         patches = rearrange(x, 'b c (h p) (w q) -> b h w (c p q)', p=p, q=p)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
+# %% ../nbs/02_vit.ipynb #8f4ca2b5
 class PatchEmbedding(nn.Module):
     "Cut an image into squares and project each to a token (Dosovitskiy 2020)"
     def __init__(self,
