@@ -871,9 +871,9 @@ def test_vit_explain_says_what_is_wrong(name, folder):
     assert {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()} == before
 
 def test_vit_explain_replaces_a_page_when_told(folder):
-    from vit_nbdev import cli
-    cli.explain('run', ['0.png'], 'page.html')
-    cli.explain('run', ['1.png'], 'page.html', force=True)
+    from vit_nbdev.runs import explain
+    explain('run', ['0.png'], 'page.html')
+    explain('run', ['1.png'], 'page.html', force=True)
     assert data_of(Path('page.html').read_text(encoding='utf-8'))['images'][0]['title'] == '1.png'
 
 def test_interpret_imports_nothing_heavy():

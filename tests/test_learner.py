@@ -1,14 +1,20 @@
-"""A trained model gets the pixels it expects, by whatever way it comes to its loaders."""
+"""Loaders, callbacks and checkpoints of a `ViTLearner`."""
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.tracker import SaveModelCallback
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageDataLoaders, Normalize, Resize
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from vit_nbdev.data import digits_dls, folder_dls
-from vit_nbdev.learner import normalise_as, vit_learner
+from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
+from vit_nbdev.learner import EMA, Checkpoint, head_groups, load_checkpoint, normalise_as, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import load_model, save_model
@@ -81,3 +87,190 @@ def test_images_need_not_be_square(tmp_path):
     assert learn.model.config.img_size == (28, 56) and dls.preprocessing.img_size == (28, 56)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert len(learn.recorder.values) == 1
+
+# --- callbacks that save (29), groups (30), parameters (11) ---
+
+def quick(dls, *cbs, model=None, **kwargs):
+    "A learner without a bar"
+    learn = vit_learner(dls, model or 'digits', cbs=cbs, **kwargs)
+    learn.remove_cbs([learn.progress])
+    learn.logger = lambda *_: None
+    return learn
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+@pytest.fixture(scope='module')
+def some_digits():
+    "A twelfth of the digits, so that an epoch takes a moment"
+    dls = digits_dls(device='cpu')
+    parts = [(dl.dataset.x[::12], dl.dataset.y[::12]) for dl in dls]
+    return lambda: tensor_dls(*parts, vocab=[*'0123456789'], bs=32, augment=False, device='cpu')
+
+@pytest.mark.parametrize('options', [{}, dict(monitor='accuracy'), dict(at_end=True)])
+def test_what_is_saved_with_ema_is_what_was_judged(options, some_digits, tmp_path):
+    set_seed(0)
+    learn = quick(some_digits(), EMA(0.9), SaveModelCallback(fname='best', **options), path=tmp_path)
+    learn.fit(4, 3e-3)
+    values = torch.tensor(learn.recorder.values)           # training loss, validation loss, accuracy
+    best = values[:, 2].argmax() if 'monitor' in options else -1 if options else values[:, 1].argmin()
+    again = quick(some_digits(), path=tmp_path).load('best')
+    assert torch.equal(weights(learn), weights(again))
+    torch.testing.assert_close(torch.tensor(again.validate()), values[best, 1:], atol=0, rtol=0)
+
+def test_ema_trains_as_if_nobody_looked(some_digits):
+    "The weights that are trained are those of a run without an average"
+    ends = []
+    for cbs in ([], [EMA(0.9)]):
+        set_seed(0)
+        learn = quick(some_digits(), *cbs)
+        learn.fit(3, 3e-3, cbs=[trained := Trained()])
+        ends.append(trained.weights)
+    assert torch.equal(*ends)
+
+class Trained(Callback):
+    "The weights after the last step"
+    def after_batch(self):
+        if self.training: self.weights = weights(self.learn)
+
+class Stop(Callback):
+    "An error in epoch `epoch` of fit number `fit`"
+    def __init__(self, fit, epoch): self.at, self.fits = (fit, epoch), 0
+    def before_fit(self): self.fits += 1
+    def before_batch(self):
+        if self.training and (self.fits, self.epoch) == self.at: raise InterruptedError('stopped')
+
+@pytest.mark.parametrize('at', [(1, 1), (2, 0), (2, 1)])
+def test_fine_tune_survives(at, some_digits, tmp_path):
+    "Interrupted in its first fit or in its second: the same weights"
+    def tune(file, *cbs):
+        set_seed(0)
+        learn = quick(some_digits(), EMA(0.9), Checkpoint(file), *cbs)
+        learn.fine_tune(2, 3e-3, freeze_epochs=2)
+        return learn
+    whole = tune(tmp_path/'whole.pt')
+    with pytest.raises(InterruptedError): tune(tmp_path/'cut.pt', Stop(*at))
+    resumed = tune(tmp_path/'cut.pt')
+    assert torch.equal(weights(whole), weights(resumed)) and whole.recorder.values == resumed.recorder.values
+
+def test_a_second_fit_of_equal_length_trains(some_digits, tmp_path, capsys):
+    set_seed(0)
+    learn = quick(some_digits(), Checkpoint(tmp_path/'c.pt'))
+    learn.fit(1)
+    first = weights(learn)
+    learn.fit(1)
+    assert not torch.equal(first, weights(learn)) and load_checkpoint(tmp_path/'c.pt')['fits'] == [1, 1]
+    second, _ = weights(learn), capsys.readouterr()
+    again = quick(some_digits(), Checkpoint(tmp_path/'c.pt'))      # another process: both are there
+    for _ in range(2):
+        again.fit(1)
+        assert 'c.pt has this fit of 1 epochs to its end: delete the file to train anew' in capsys.readouterr().out
+    assert torch.equal(second, weights(again))
+    again.fit(1)                                                   # the third is new
+    assert not torch.equal(second, weights(again))
+    with pytest.raises(ValueError, match='c.pt belongs to a fit of 1 epochs, not 2'):
+        quick(some_digits(), Checkpoint(tmp_path/'c.pt')).fit(2)
+
+def test_an_interrupted_fit_goes_on_in_the_same_learner(some_digits, tmp_path):
+    set_seed(0)
+    whole = quick(some_digits(), Checkpoint(tmp_path/'whole.pt'))
+    whole.fit(3)
+    set_seed(0)
+    learn = quick(some_digits(), Checkpoint(tmp_path/'cut.pt'))
+    with pytest.raises(InterruptedError): learn.fit(3, cbs=Stop(1, 2))
+    learn.fit(3)
+    assert torch.equal(weights(whole), weights(learn)) and learn.first_epoch == 0
+
+def test_freeze_leaves_the_head_of_any_model(some_digits):
+    timm = pytest.importorskip('timm')
+    models = {'fc': timm.create_model('resnet18', in_chans=1, num_classes=10),
+              '1': nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+              'head': timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=8, in_chans=1, num_classes=10)}
+    for head, model in models.items():
+        learn = quick(some_digits(), model=model)
+        if head == '1':
+            with pytest.warns(UserWarning, match='one group of parameters, so nothing is frozen: pass a splitter'):
+                learn.freeze()
+            continue
+        learn.freeze()
+        free = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert free == {f'{head}.weight', f'{head}.bias'}
+        groups = head_groups(model)
+        assert sorted(id(p) for g in groups for p in g) == sorted(map(id, model.parameters()))
+        learn.unfreeze()
+        assert all(p.requires_grad for p in model.parameters())
+
+@pytest.mark.parametrize('changes', [{}, dict(pool='map', n_registers=3), dict(layer_scale=1e-5, pool='cls')])
+def test_summary_counts_every_parameter(changes, some_digits):
+    learn = quick(some_digits(), model=vit('digits', **changes))
+    n = sum(p.numel() for p in learn.model.parameters())
+    learn.freeze()
+    free = sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
+    text = learn.summary()
+    for words, value in {'params': n, 'trainable params': free, 'non-trainable params': n - free}.items():
+        assert f'Total {words}: {value:,}\n' in text
+    assert f'In no layer (tokens, positions): {n - in_layers(learn.model):,}\n' in text and 0 < free < n
+
+def in_layers(model):
+    "Parameters of layers with a weight, which is what fastai counts"
+    return sum(p.numel() for m in model.modules() if hasattr(m, 'weight') for p in m.parameters())
+
+# --- a checkpoint that is not what it says (39, 40) ---
+
+@pytest.fixture(scope='module')
+def checkpoint(some_digits, tmp_path_factory):
+    "The state of a fit of three epochs after its second"
+    file = tmp_path_factory.mktemp('checkpoint')/'c.pt'
+    set_seed(0)
+    with pytest.raises(InterruptedError): quick(some_digits(), EMA(0.9), Checkpoint(file), Stop(1, 2)).fit(3)
+    return file
+
+def places(x, at=()):
+    "The path of each value in nested dicts and lists"
+    yield at
+    items = x.items() if isinstance(x, dict) else enumerate(x[:3]) if isinstance(x, (list, tuple)) else ()
+    for k, v in items: yield from places(v, (*at, k))
+
+def replaced(x, at, value):
+    "A copy of `x` with `value` at a path"
+    if not at: return value
+    copy = dict(x) if isinstance(x, dict) else list(x)
+    copy[at[0]] = replaced(x[at[0]], at[1:], value)
+    return tuple(copy) if isinstance(x, tuple) else copy
+
+ODD = [None, 'x', -1, 10**30, float('nan'), [], {}, [None], {'a': 1}, True, torch.zeros(3), torch.tensor(float('nan'))]
+IGNORED = ('facts', 'seconds')      # not for the learner to judge
+
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(data=st.data())
+def test_a_checkpoint_of_odd_values(data, checkpoint, some_digits):
+    "It goes on to the same weights, or one sentence names the file and the field"
+    state = torch.load(checkpoint)
+    field = data.draw(st.sampled_from(sorted(set(state) - set(IGNORED))))
+    at = (field, *data.draw(st.sampled_from(list(places(state[field])))))
+    # no averages at all is sound: those of a parameter that was never trained
+    value = data.draw(st.sampled_from([v for v in ODD if field != 'opt' or v != {}]))
+    file = checkpoint.with_name('odd.pt')
+    torch.save(replaced(state, at, value), file)
+    before = file.read_bytes()
+    learn = quick(some_digits(), EMA(0.9), Checkpoint(file), OneStep())
+    try: learn.fit(3)
+    except ValueError as e:
+        where, sentence = str(e).split('\n\t')                  # fastai's line, and ours
+        assert str(file) in sentence and '\n' not in sentence
+        assert field in sentence or field in ('format', 'parts')
+        assert file.read_bytes() == before
+    else: assert torch.equal(learn.one_step.weights, expected(checkpoint, some_digits)), (at, value)
+
+class OneStep(Callback):
+    "Stop after one step"
+    def after_batch(self):
+        if self.training:
+            self.weights = weights(self.learn)
+            raise CancelFitException
+
+@cache
+def expected(checkpoint, some_digits):
+    "The weights after the first step that follows the checkpoint"
+    learn = quick(some_digits(), EMA(0.9), Checkpoint(checkpoint), OneStep())
+    learn.fit(3)
+    return learn.one_step.weights

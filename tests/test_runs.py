@@ -49,7 +49,7 @@ DAMAGE = {
     'a list for the whole':        (lambda r: (r/'config.json').write_text('[1]'), 'damaged'),
     'deep brackets':               (lambda r: (r/'config.json').write_text('['*100_000), 'damaged'),
     'a billion blocks':            (lambda r: edit(r, 'model', depth=10**9),
-                                    'it has 4 blocks, config.json says 1000000000'),
+                                    'it has 4 blocks, the configuration 1000000000'),
     'twenty million registers':    (lambda r: edit(r, 'model', n_registers=20_000_000), 'names or shapes differ'),
     'another width':               (lambda r: edit(r, 'model', dim=128), 'names or shapes differ'),
     'weights that are no numbers': (lambda r: reweigh(r, 'head.bias', lambda w: w*float('nan')),

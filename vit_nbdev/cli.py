@@ -6,22 +6,29 @@
 __all__ = ['plain_errors', 'vit_train', 'vit_predict', 'vit_explain']
 
 # %% ../nbs/10_cli.ipynb #cli00003
-import json, os, re, sys, warnings
+import errno, json, os, re, signal, sys, threading, time
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated
 
-# fastai's own affair, not the user's
-warnings.filterwarnings('ignore', category=FutureWarning, message='.*torch.jit.script')
-
 import fastcore.script
-import torch
 from fastcore.script import call_parse, store_true
 
-from .pretrained import load_pretrained
-from .report import percent
-from .runs import check_positive, explain, image_files, load_model, predict, train, trained_model
-
 # %% ../nbs/10_cli.ipynb #cli00006
+_MEMORY = r"out of memory|can't allocate memory|Storage size calculation overflowed|Unable to allocate"
+
+def _sentence(e):
+    "What is said of an error; None if the user can't cure it"
+    text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(e))   # fastai says where
+    if isinstance(e, MemoryError) or re.search(_MEMORY, text):
+        return "there is not enough memory: choose smaller batches (--bs), images or a smaller model"
+    if getattr(e, 'errno', None) == errno.ENOSPC and not e.filename: text = f"can't write the output ({e.strerror})"
+    return None if isinstance(e, RuntimeError) else ' '.join(text.split())
+
+def _give_up_output():
+    "What can't be written is dropped, or Python would try once more at its end, and complain"
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 @contextmanager
 def plain_errors(
     command: str,   # its name, which begins the sentence
@@ -29,14 +36,37 @@ def plain_errors(
     "End the program with one sentence where the user can cure what is wrong; VIT_NBDEV_DEBUG=1 shows the traceback"
     for stream in (sys.stdout, sys.stderr):      # a name in any script must not end a program whose terminal lacks it
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
-    try: yield
-    except (ValueError, TypeError, OSError, torch.cuda.OutOfMemoryError) as e:
-        if os.environ.get('VIT_NBDEV_DEBUG'): raise
-        sentence = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(e))   # fastai says where
-        sys.exit(f"{command}: {' '.join(sentence.split())}")
+    try:
+        with _heard_once(): yield
+        sys.stdout.flush()
+    except BrokenPipeError:                      # the reader has seen enough: `vit_predict ... | head`
+        _give_up_output()
+        sys.exit(1)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        if os.environ.get('VIT_NBDEV_DEBUG') or (sentence := _sentence(e)) is None: raise
+        _give_up_output()
+        sys.exit(f"{command}: {sentence}")
     except KeyboardInterrupt as e:
-        print(f"{command}: {str(e) or 'stopped by Ctrl-C: nothing was kept'}", file=sys.stderr)
+        print(f"{command}: {str(e) or 'stopped by Ctrl-C'}", file=sys.stderr)
         sys.exit(130)
+
+# %% ../nbs/10_cli.ipynb #01a48fef
+@contextmanager
+def _heard_once():
+    "Who presses Ctrl-C twice within a second means it once: the second must not end what the first has begun"
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last = -1.
+    def pressed(*_):
+        nonlocal last
+        if time.monotonic() - last < 1: return
+        last = time.monotonic()
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, pressed)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # not after an error: the program is about to end
 
 # %% ../nbs/10_cli.ipynb #3539bb42
 @call_parse
@@ -64,6 +94,7 @@ def vit_train(
 ):
     "Train a Vision Transformer, test it once, and leave weights, configuration, metrics and pictures in a run folder"
     with plain_errors('vit_train'):
+        from vit_nbdev.runs import train
         train(data, path=path, recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr, seed=seed, device=device,
               img_size=img_size, precision=precision, compile=compile, out=out, force=force, resume=resume,
               flip=flip, class_weights=class_weights, resize=resize, value_range=value_range, skip_bad=skip_bad)
@@ -76,11 +107,14 @@ def _one_or_more(help):
 
 def _source(run, pretrained):
     "A run folder's model, or published weights; what had to be adapted is no result, so it goes to the error stream"
+    from vit_nbdev.pretrained import load_pretrained
+    from vit_nbdev.runs import load_model
     if not pretrained: return load_model(run)[0]
     with redirect_stdout(sys.stderr): return load_pretrained(run)
 
 def _line(result, labels, top):
     "A prediction as a person reads it"
+    from vit_nbdev.report import percent
     likeliest = sorted(enumerate(result['probabilities']), key=lambda item: -item[1])[:top]
     return f"{result['file']}: " + ', '.join(f'{labels[i]} ({percent(p, 1)})' for i, p in likeliest)
 
@@ -105,11 +139,12 @@ def vit_predict(
 ):
     "Say what a model sees in each image"
     with plain_errors('vit_predict'):
+        from vit_nbdev.runs import check_positive, predict
         check_positive(top=top, bs=bs)
         model = _source(run, pretrained)
         results = predict(model, images, bs=bs, device=device, progress=sys.stderr.isatty())
         if json: print(_to_json(results))
-        labels = trained_model(model)[1].labels
+        labels = model.preprocessing.labels
         for r in results:
             if not json and 'error' not in r: print(_line(r, labels, top))
         _report_unreadable(results)
@@ -128,6 +163,7 @@ def vit_explain(
 ):
     "Write an HTML page that shows what a model attends to in each image"
     with plain_errors('vit_explain'):
+        from vit_nbdev.runs import explain, image_files
         page = explain(_source(run, pretrained), images, out=out, force=force, device=device)
         size, n = page.stat().st_size/1000, len(image_files(images))
         shown = '1 image' if n == 1 else f'{n} images'

@@ -8,6 +8,13 @@ __all__ = ['IMAGES', 'SPLITS', 'ImageTensors', 'TensorDL', 'shift_mat', 'Elastic
            'cifar10_dls', 'find_images', 'find_splits', 'some', 'left_out_line', 'Pictures', 'read_pictures',
            'read_images', 'folder_dls', 'describe', 'fact_lines']
 
+# %% ../nbs/03_data.ipynb #a5cd4a60
+import warnings
+
+with warnings.catch_warnings():     # that it uses torch.jit.script is fastai's affair, not the user's
+    warnings.filterwarnings('ignore', category=FutureWarning, message='.*torch.jit.script')
+    import fastai.torch_basics      # noqa: F401
+
 # %% ../nbs/03_data.ipynb #70751237
 import gzip, os, re, shutil, sys, tempfile, zlib
 from collections import Counter, defaultdict

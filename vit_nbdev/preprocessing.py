@@ -83,8 +83,8 @@ def _as_tuple(name, value):
     if name in ('img_size', 'resize_size') and isinstance(value, int): return (value, value)
     return tuple(value) if isinstance(value, list) else value
 
-def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-def _is_side(x): return isinstance(x, int) and not isinstance(x, bool) and x > 0
+def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e38
+def _is_side(x): return isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**16
 def _are(test, values, n): return isinstance(values, tuple) and len(values) == n and all(map(test, values))
 
 def _check_field(name, value, prep):
@@ -102,7 +102,7 @@ def _check_field(name, value, prep):
         if not _are(_is_number, value, c): want = f'{c} finite numbers, one for each channel (in_chans={c})'
         elif name == 'std' and min(value) <= 0: want = 'above zero in each channel'
     elif name == 'crop_pct':
-        if not _is_number(value) or value <= 0: want = 'a number above zero'
+        if not _is_number(value) or value < 0.01: want = 'a number, 0.01 or more'
         elif value != 1 and prep.resize_size: want = f'left out, since resize_size={prep.resize_size} says the same'
     elif name == 'scale':
         if not _is_number(value) or value <= 0: want = 'a number above zero'

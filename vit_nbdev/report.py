@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'wilson', 'percent', 'class_results', 'balanced_accuracy', 'figure', 'with_glyphs', 'plain', 'plot_curves',
-           'plot_confusion', 'surest_mistakes', 'plot_predictions', 'plot_mistakes', 'draw_pictures', 'save_samples',
-           'write_report']
+           'plot_confusion', 'surest_mistakes', 'plot_predictions', 'plot_mistakes', 'draw_pictures', 'why_not',
+           'save_samples', 'write_report']
 
 # %% ../nbs/08_report.ipynb #rep00003
-import base64, math, re
+import base64, errno, math, re
 from functools import cache
 from pathlib import Path
 
@@ -226,10 +226,15 @@ def draw_pictures(
             if fig is not None: fig.savefig(folder/f'{name}.png', dpi=110)
         except Exception as e:      # whatever it is: the run is worth more than a picture of it
             (folder/f'{name}.png').unlink(missing_ok=True)
-            failed[name] = f'{type(e).__name__}: {e}'
+            failed[name] = why_not(e, folder/f'{name}.png')
     try: save_samples(folder/'samples', images, targets, labels)
-    except OSError as e: failed['samples'] = str(e)
+    except OSError as e: failed['samples'] = why_not(e, folder/'samples')
     return failed
+
+def why_not(e: Exception, file: Path) -> str:
+    "Why `file` could not be drawn; a full disk is an error, since the run can be finished when there is room again"
+    if getattr(e, 'errno', None) == errno.ENOSPC: raise OSError(f"can't write {file} ({e.strerror})") from e
+    return f'{type(e).__name__}: {e}'
 
 def save_samples(folder: Path, images: Tensor, targets: Tensor, labels: list[str], n: int = 8):
     "The first `n` images as PNG files, each with its class in its name"

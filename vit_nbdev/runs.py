@@ -7,15 +7,17 @@ __all__ = ['LOADERS', 'get_device', 'check_positive', 'Diverged', 'EpochLines', 
            'class_probabilities', 'train', 'image_files', 'trained_model', 'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
-import hashlib, json, os, platform, shutil, sys, tempfile, time
+import hashlib, json, os, platform, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from .data import (cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls, find_images, folder_dls,
+                            mnist_dls)   # the first to import fastai: it does so in silence
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
@@ -25,16 +27,14 @@ from fastcore.imports import in_notebook
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from . import __version__
-from .data import (cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls, find_images, folder_dls,
-                            mnist_dls)
 from .interpret import explore
-from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint
+from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
 from .preprocessing import Preprocessing
-from .report import balanced_accuracy, class_results, draw_pictures, percent, write_report
+from .report import balanced_accuracy, class_results, draw_pictures, percent, why_not, write_report
 from .vit import ViT, ViTConfig, vit_config
 
 # %% ../nbs/09_runs.ipynb #dfeb3724
@@ -109,26 +109,46 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
     if class_weights: changed['class_weights'] = True
     r = replace(RECIPES[name], **changed)
-    check_positive(epochs=r.epochs, bs=r.bs, lr=r.lr)
     if img_size is not None and r.data != 'folder':
         raise ValueError(f"the images of {r.data} have a size of their own: leave out --img_size")
     for option, value in read.items():
         if value is not None and r.data != 'folder':
             raise ValueError(f"--{option} is for a folder of images, not for {r.data}: leave it out")
     if img_size is None: img_size = vit_config(r.model, **r.changes).img_size
-    vit_config(r.model, **{'img_size': img_size} | r.changes)                     # complains if they don't fit
-    how = {k: v for k, v in read.items() if k != 'skip_bad' and v is not None}
-    Preprocessing(img_size, [0.5], [0.5], in_chans=1, **how)                      # likewise
-    if precision not in (None, 'fp32', 'bf16', 'fp16'):
-        raise ValueError(f"precision {precision!r} is not known: use fp32, bf16 or fp16")
     known = {k: v for k, v in asdict(r).items() if k != 'measured'}
-    return dict(recipe=name, path=None if path is None else str(path), seed=seed or 0, img_size=img_size,
-                precision=precision or 'fp32', compile=bool(compile), flip=bool(r.augment.get('flip')), **known, **read)
+    settings = dict(recipe=name, path=None if path is None else str(path), seed=seed or 0, img_size=img_size,
+                    precision=precision or 'fp32', compile=bool(compile), flip=bool(r.augment.get('flip')),
+                    **known, **read)
+    _check_settings(settings)
+    return settings
 
 # %% ../nbs/09_runs.ipynb #84fb5154
+_KINDS = {f.name: f.type for f in fields(Recipe) if f.name != 'measured'}
+_KINDS |= dict(recipe=str, seed=int, img_size=(int, tuple, list), precision=str, compile=bool, flip=bool)
+
+def _check_settings(s):
+    "Refuse settings that can't be those of a run"
+    for name, kind in _KINDS.items():
+        x = s.get(name)
+        if not isinstance(x, (int, float) if kind is float else kind) or isinstance(x, bool) and kind is not bool:
+            raise ValueError(f"{name} is {x!r:.60}, expected {getattr(kind, '__name__', 'one side or two')}")
+    check_positive(epochs=s['epochs'], bs=s['bs'], lr=s['lr'])
+    if not 0 <= s['seed'] < 2**32: raise ValueError(f"seed is {s['seed']}, but must be from 0 to {2**32 - 1}")
+    if s['recipe'] not in RECIPES: raise ValueError(f"there is no recipe {s['recipe']!r}")
+    vit_config(s['model'], **{'img_size': s['img_size']} | s['changes'])          # complains if they don't fit
+    how = {k: s[k] for k in ('resize', 'value_range') if s.get(k) is not None}
+    Preprocessing(s['img_size'], [0.5], [0.5], in_chans=1, **how)                 # likewise
+    if s['precision'] not in ('fp32', 'bf16', 'fp16'):
+        raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16 or fp16")
+    r = _recipe(s)
+    r.transforms(), r.callbacks()                                                 # likewise
+
+def _recipe(settings): return Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
+
+# %% ../nbs/09_runs.ipynb #245ae4ba
 def _loaders(settings, device):
     "The recipe and the loaders of a run"
-    r = Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
+    r = _recipe(settings)
     kwargs = dict(bs=r.bs, device=device, augment=r.transforms())
     if r.data == 'digits': return r, digits_dls(**kwargs)
     if r.data != 'folder': return r, LOADERS[r.data](settings['path'], **kwargs)
@@ -144,9 +164,9 @@ def _two_numbers(text):
     return [black, white]
 
 def _fingerprint(dls):
-    "A number that changes with any pixel or label of the training split"
+    "A number that changes with any pixel or label"
     h = hashlib.sha256()
-    for t in (dls.train_ds.x, dls.train_ds.y): h.update(t.contiguous().numpy())
+    for t in [t for dl in dls for t in (dl.dataset.x, dl.dataset.y)]: h.update(t.contiguous().numpy())
     return h.hexdigest()[:16]
 
 # %% ../nbs/09_runs.ipynb #c25cd56d
@@ -159,21 +179,25 @@ def _run_folder(out, force, resume):
     if rank_distrib():           # the first of several processes does all that follows
         yield part
         return
-    if not resume: _make_folder(out, part, force)
-    try: yield part
-    except BaseException as e:
-        kept = (part/'checkpoint.pt').is_file() and (resume or not isinstance(e, Diverged))
-        if not kept: shutil.rmtree(part, ignore_errors=True)
-        if not isinstance(e, KeyboardInterrupt): raise
-        raise KeyboardInterrupt(_stopped(out, part) if kept else
-                                "stopped by Ctrl-C before the first epoch was complete: nothing was kept") from None
-    _put_in_place(part, out)
-    for file in out.glob('checkpoint.pt*'): file.unlink()
+    if not resume: _make_way(out, part, force)
+    with _locked(part):
+        if not resume: _empty(part)
+        elif not (part/'checkpoint.pt').is_file(): raise FileNotFoundError(f"{part}: its checkpoint is gone")
+        try: yield part
+        except BaseException as e:
+            with _undisturbed():
+                kept = (part/'checkpoint.pt').is_file() and (resume or not isinstance(e, Diverged))
+                if not kept and not resume: shutil.rmtree(part, ignore_errors=True)   # what was given is never deleted
+                hint = f"go on with: vit_train --resume {out}"
+                if isinstance(e, OSError) and kept: raise OSError(f"{e}; {hint}") from e
+                if not isinstance(e, KeyboardInterrupt): raise
+                raise KeyboardInterrupt(f"stopped by Ctrl-C after {_epochs(part)} epochs; {hint}" if kept else
+                      "stopped by Ctrl-C before the first epoch was complete: nothing was kept") from None
+        with _undisturbed():
+            _put_in_place(part, out)
+            for file in out.glob('checkpoint.pt*'): file.unlink()
 
-def _stopped(out, part):
-    "What to say of a run that was interrupted"
-    epochs = load_checkpoint(part/'checkpoint.pt')['epoch']
-    return f"stopped by Ctrl-C after {epochs} epochs; go on with: vit_train --resume {out}"
+def _epochs(part): return load_checkpoint(part/'checkpoint.pt')['epoch']
 
 def _put_in_place(part, out):
     "Give the folder `part` the name `out`; what was there before is deleted afterwards"
@@ -183,21 +207,56 @@ def _put_in_place(part, out):
     part.rename(out)
     shutil.rmtree(old)
 
+# %% ../nbs/09_runs.ipynb #df1c4732
+try: import fcntl
+except ImportError: fcntl = None        # Windows, where a folder can't be locked
+
+@contextmanager
+def _locked(folder):
+    "Hold a folder; OSError if another process does"
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise OSError(f"another process is at this run ({folder}): wait until it is done, "
+                      "or choose another --out") from None
+    except OSError: pass                # a file system without locks
+    try: yield
+    finally:
+        if fcntl: os.close(handle)
+
+@contextmanager
+def _undisturbed():
+    "Let Ctrl-C wait until the block is done; if the block ends by an error, that is what is said"
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+    if pressed: signal.raise_signal(signal.SIGINT)
+
 # %% ../nbs/09_runs.ipynb #run00008
 def _is_run(path): return path.is_dir() and ((path/'config.json').is_file() or not any(path.iterdir()))
 
-def _make_folder(out, part, force):
+def _make_way(out, part, force):
     "Make the folder of a new run, if nothing is in its way"
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists: choose another --out, or --force to replace it")
     if out.exists() and not _is_run(out):
         raise FileExistsError(f"{out} is not a run of vit_train, so --force does not replace it: choose another --out")
+    if part.exists():
+        with _locked(part): pass
     if part.exists() and not force:
         raise FileExistsError(f"{part} is an unfinished run: go on with --resume {out}, or --force to begin anew")
-    try:
-        if part.exists(): shutil.rmtree(part)
-        part.mkdir(parents=True)
+    try: part.mkdir(parents=True, exist_ok=force)
+    except FileExistsError: raise OSError(f"another process has just begun {out}: choose another --out") from None
     except OSError as e: raise OSError(f"can't write to {out.parent} ({e.strerror}): choose another --out") from e
+
+def _empty(folder):
+    for path in folder.iterdir(): shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 def _free_name(folder, name):
     "`folder/name`, or with a number behind it if that is taken"
@@ -206,22 +265,40 @@ def _free_name(folder, name):
     while (free := name if n == 1 else f'{name}-{n}') in taken: n += 1
     return folder/free
 
+# %% ../nbs/09_runs.ipynb #8a5169c8
 def _resumed(run, given):
     "The settings of an unfinished run and the folder it will have; refuses what is `given` if it differs"
-    run = Path(run)
+    run = Path(run) if Path(run).name.strip('.') else Path(run).resolve()
     out = run.with_name(run.name.removesuffix('.part'))
     part = out.with_name(f'{out.name}.part')
     if not part.is_dir() and _is_run(out) and any(out.iterdir()):
-        raise ValueError(f"{out} is finished: there is nothing to resume")
+        raise ValueError(f"{out} is finished: there is nothing to resume; for more epochs train anew with --epochs")
     if not part.is_dir(): raise FileNotFoundError(f"there is no unfinished run {part}: start one without --resume")
     if not (part/'checkpoint.pt').is_file():
         raise FileNotFoundError(f"{part} has no checkpoint yet: start it again with --out {out} --force")
-    settings = load_checkpoint(part/'checkpoint.pt')['facts']
+    settings = _checked_facts(part/'checkpoint.pt')
+    given = given | _moved(given['data'], given['path'], settings)
     for k, v in given.items():
         if v is not None and settings.get(k) != v:
             raise ValueError(f"{part} was begun with --{k} {settings.get(k)}, not {v}: "
                              "leave it out, or start another run")
+    if settings['path'] is not None and not Path(settings['path']).is_dir():
+        option = '--data' if settings['data'] == 'folder' else '--path'
+        raise FileNotFoundError(f"the images of {part} are no longer in {settings['path']}: say with {option} where")
     return settings, out
+
+def _moved(data, path, settings):
+    "Where the data of a run is now, put into its `settings`; `data` and `path` to be compared with them"
+    if data is not None: data, path = _data_name(data, path)
+    if path is not None and settings['path'] is not None: settings['path'] = path = os.path.abspath(path)
+    return dict(data=data, path=path)
+
+def _checked_facts(file):
+    "The settings in a checkpoint; ValueError if they can't be those of a run"
+    settings = load_checkpoint(file)['facts']
+    try: _check_settings(settings)
+    except (TypeError, ValueError) as e: raise ValueError(f"{file} is damaged: its settings are no run's ({e})") from e
+    return settings
 
 # %% ../nbs/09_runs.ipynb #run00011
 class EpochLines(Callback):
@@ -243,11 +320,9 @@ class MetricsFile(Callback):
     def __init__(self, file: Path): self.file = file
     def after_epoch(self):
         if rank_distrib() or hasattr(self.learn, 'lr_finder'): return
-        tmp = self.file.with_suffix('.tmp')
         rows = [['epoch', 'train_loss', 'valid_loss', *self.metrics.attrgot('name')]]
         rows += [[i, *row] for i, row in enumerate(self.recorder.values)]
-        tmp.write_text('\n'.join(','.join(map(str, row)) for row in rows) + '\n')
-        os.replace(tmp, self.file)
+        with whole_file(self.file) as tmp: tmp.write_text('\n'.join(','.join(map(str, row)) for row in rows) + '\n')
 
 # %% ../nbs/09_runs.ipynb #run00020
 def _join_processes(device):
@@ -281,14 +356,19 @@ def save_model(
     versions |= dict(python=platform.python_version(), vit_nbdev=__version__)
     config = dict(model=asdict(model.config), preprocessing=preprocessing.to_dict(), versions=versions, **facts)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, str(path/'model.safetensors'))
-    (path/'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    with whole_file(path/'model.safetensors') as tmp: tmp.write_bytes(save(weights))
+    with whole_file(path/'config.json') as tmp: tmp.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 # %% ../nbs/09_runs.ipynb #run00022
 def _read_config(file):
     "Configuration, preprocessing and the whole of a run's `config.json`; ValueError if they don't fit each other"
     config = json.loads(file.read_text(encoding='utf-8'))
-    c, prep = ViTConfig(**config['model']), Preprocessing.from_dict(config['preprocessing'])
+    for name in ('model', 'preprocessing'):
+        if not isinstance(config, dict) or not isinstance(config.get(name), dict):
+            raise ValueError(f"{name} is no object of fields")
+    try: c = ViTConfig.from_json(json.dumps(config['model']))
+    except TypeError as e: raise ValueError(str(e)) from None
+    prep = Preprocessing.from_dict(config['preprocessing'], 'preprocessing')
     h, w = prep.img_size
     wanted = dict(labels=c.n_classes, img_size=c.img_size, in_chans=c.in_chans)
     found = dict(labels=len(prep.labels), img_size=h if h == w else (h, w), in_chans=prep.in_chans)
@@ -296,20 +376,33 @@ def _read_config(file):
         if found[name] != value: raise ValueError(f"preprocessing has {name} for {found[name]}, the model for {value}")
     return c, prep, config
 
+def _check_shapes(shapes, config):
+    "ValueError if tensors of these shapes are not the weights of a model with this configuration"
+    blocks = {name.split('.')[2] for name in shapes if name.startswith('encoder.blocks.')}
+    if len(blocks) != config.depth: raise ValueError(f"it has {len(blocks)} blocks, the configuration {config.depth}")
+    try:
+        with torch.device('meta'): expected = ViT(config).state_dict()
+    except RuntimeError as e: raise ValueError(f"the configuration asks for too large a tensor ({e})") from None
+    if shapes != {name: list(x.shape) for name, x in expected.items()}: raise ValueError("names or shapes differ")
+    return expected
+
+# %% ../nbs/09_runs.ipynb #8850d29e
 def _read_weights(file, config):
     "The weights in `file`; ValueError if they are not those of a model with this configuration, or not finite"
     with safe_open(str(file), 'pt') as f:
         names = f.keys()
         shapes = {name: list(f.get_slice(name).get_shape()) for name in names}
-    blocks = {name.split('.')[2] for name in shapes if name.startswith('encoder.blocks.')}
-    if len(blocks) != config.depth: raise ValueError(f"it has {len(blocks)} blocks, config.json says {config.depth}")
-    with torch.device('meta'): expected = ViT(config).state_dict()
-    if shapes != {name: list(x.shape) for name, x in expected.items()}: raise ValueError("names or shapes differ")
-    weights = load_file(file)
+    expected, weights = _check_shapes(shapes, config), load_file(file)
     for name, x in weights.items():
         if x.is_floating_point() != expected[name].is_floating_point(): raise ValueError(f"{name} is {x.dtype}")
         if not x.isfinite().all(): raise ValueError(f"{name} holds numbers that are not finite")
     return weights
+
+def _check_weights(checkpoint, recipe, dls):
+    "Before anything is built: is a checkpoint that of the model that a recipe trains?"
+    weights = load_checkpoint(checkpoint)['model']
+    try: _check_shapes({name: list(x.shape) for name, x in weights.items()}, recipe.config(dls))
+    except (AttributeError, ValueError) as e: raise ValueError(f"{checkpoint} holds another model: {e}") from None
 
 # %% ../nbs/09_runs.ipynb #run00023
 def load_model(
@@ -323,9 +416,8 @@ def load_model(
         if not (path/name).is_file():
             raise FileNotFoundError(f"{path} lacks {name}, so it is no finished run: give a folder that vit_train made")
     try: c, preprocessing, config = _read_config(path/'config.json')
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        why = f'{type(e).__name__}: {e}'
-        raise ValueError(f"{path/'config.json'} is damaged ({why}): train again, or restore the file") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path/'config.json'} is damaged ({e}): train again, or restore the file") from e
     try: weights = _read_weights(path/'model.safetensors', c)
     except (SafetensorError, ValueError) as e:
         raise ValueError(f"{path/'model.safetensors'} is damaged or belongs to another model ({e}): "
@@ -362,7 +454,7 @@ def _finish(learn, test, preprocessing, part, facts, say):
     failed = draw_pictures(part, model.to(test.device), learn.recorder.values, test.dataset.x, targets, probs,
                            preprocessing)
     try: write_report(part, config)
-    except Exception as e: failed['report'] = f'{type(e).__name__}: {e}'
+    except Exception as e: failed['report'] = why_not(e, part/'report.html')
     for name, why in failed.items(): say(f"{name} could not be drawn and is left out ({' '.join(why.split())[:200]})")
     return accuracy, balanced
 
@@ -391,8 +483,10 @@ def _prepare(s, device, part):
     r, dls = _loaders(s, device)
     dls.facts = describe(dls)           # before they are dealt to several processes
     if s.setdefault('images', seen := _fingerprint(dls)) != seen:
-        raise ValueError(f"the training images are not those that {part} was begun with: "
+        raise ValueError(f"the images are not those that {part} was begun with: "
                          "give it the same data, or start another run")
+    if s['path'] is not None: s['path'] = os.path.abspath(s['path'])     # to be resumed from anywhere
+    if (part/'checkpoint.pt').is_file(): _check_weights(part/'checkpoint.pt', r, dls)
     test, watched = dls[2], sys.stdout.isatty() or in_notebook()      # the first process tests all images, undealt
     cbs = [TerminateOnNaNCallback(), MetricsFile(part/'metrics.csv'), Checkpoint(part/'checkpoint.pt', s)]
     learn = r.learner(deal(dls), path=part, cbs=cbs if watched else [*cbs, EpochLines()])
@@ -555,9 +649,6 @@ def explain(
     model, prep = trained_model(run)
     names, files = zip(*_images(images))
     x = prep.normalise(torch.stack([prep(f) for f in files]).to(device))
-    tmp = out.with_name(f'.{out.name}.tmp')       # half a page never takes the place of a whole one
-    try:
+    with whole_file(out) as tmp:       # half a page never takes the place of a whole one
         explore(model.to(device), x, tmp, prep, titles=[Path(name).name for name in names])
-        os.replace(tmp, out)
-    finally: tmp.unlink(missing_ok=True)
     return out

@@ -167,8 +167,8 @@ def to_json(self: ViTConfig) -> str: return json.dumps(asdict(self))
 def from_json(cls: ViTConfig, text: str): return _config(json.loads(text))
 
 # %% ../nbs/02_vit.ipynb #88da1ea1
-def _is_int(x, least): return isinstance(x, int) and not isinstance(x, bool) and x >= least
-def _is_number(x, least=-torch.inf): return isinstance(x, (int, float)) and not isinstance(x, bool) and x >= least
+def _is_int(x, least): return isinstance(x, int) and not isinstance(x, bool) and least <= x < 2**31
+def _is_number(x, least=-1e38): return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x < 1e38
 def _is_size(x): return all(_is_int(v, 1) for v in (x if isinstance(x, (tuple, list)) and len(x) == 2 else [x]))
 
 _RULES = {    # by a field's name, or else by its type: is a value good, and what is expected?

@@ -1,0 +1,331 @@
+"""Runs, checkpoints and commands under bad conditions: each fault of its kind with its value, and two neighbours."""
+import errno, os, shutil, signal, stat, subprocess, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_nbdev import runs
+from vit_nbdev.cli import plain_errors, vit_explain, vit_train
+from vit_nbdev.data import digits_dls
+from vit_nbdev.learner import save_atomic
+from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.runs import explain, load_model, predict, save_model, train
+from vit_nbdev.vit import vit
+
+class Killed(BaseException): "What a run dies of here: no error that anybody catches"
+
+def die(*_, **__): raise Killed
+
+def unfinished(out, monkeypatch, **kwargs):
+    "A run of two epochs that died when all was trained, before it was tested"
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'class_probabilities', die)
+        with pytest.raises(Killed), redirect_stdout(StringIO()):
+            train(**dict(epochs=2, device='cpu', out=out) | kwargs)
+    return out.with_name(f'{out.name}.part')
+
+def pictures(folder, n=9, **levels):
+    "A folder per class, told apart by brightness"
+    rng = np.random.default_rng(0)
+    for name, level in (levels or dict(dark=60, light=190)).items():
+        (folder/name).mkdir(parents=True)
+        for i in range(n):
+            pixels = (level + rng.normal(0, 9, (8, 8, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder/name/f'{i}.png')
+    return folder
+
+FOLDER = dict(model='digits', img_size=8, bs=4, device='cpu')
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    model = vit('digits')
+    torch.nn.init.normal_(model.head.weight)
+    path = tmp_path_factory.mktemp('runs')/'run'
+    save_model(model, path, Preprocessing(8, [0.3], [0.4], in_chans=1, labels=[*'abcdefghij']))
+    Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)).save(path.parent/'a.png')
+    return path
+
+def contents(path): return {p: p.read_bytes() for p in path.rglob('*') if p.is_file()}
+
+# --- the place of the data (15) ---
+
+def test_a_run_resumes_from_anywhere(tmp_path, monkeypatch):
+    "Begun with a relative --data; resumed from another folder, and after the pictures have moved"
+    monkeypatch.chdir(pictures(tmp_path/'here'/'pictures').parent)
+    part = unfinished(tmp_path/'run', monkeypatch, data='pictures', **FOLDER)
+    shutil.copytree(part, tmp_path/'moved.part')
+    monkeypatch.chdir(tmp_path)
+    assert load_model(train(resume='run', device='cpu'))[1]['settings']['path'] == str(tmp_path/'here'/'pictures')
+
+    (tmp_path/'here').rename(tmp_path/'there')
+    with pytest.raises(FileNotFoundError, match='no longer in .*here/pictures: say with --data where'):
+        train(resume='moved', device='cpu')
+    pictures(tmp_path/'others', dark=80, light=190)
+    with pytest.raises(ValueError, match='the images are not those that'):
+        train('others', resume='moved', device='cpu')
+    with pytest.raises(ValueError, match='was begun with --data folder, not digits'):
+        train('digits', resume='moved', device='cpu')
+    train('there/pictures', resume='moved', device='cpu')
+    a, b = ((tmp_path/name/'model.safetensors').read_bytes() for name in ('run', 'moved'))
+    assert a == b
+
+def test_resume_from_within_the_folder(tmp_path, monkeypatch):
+    part = unfinished(tmp_path/'run', monkeypatch)
+    monkeypatch.chdir(part)
+    assert load_model(train(resume='.', device='cpu'))[1]['settings']['epochs'] == 2
+
+def test_a_finished_run_gets_no_more_epochs(run):
+    for epochs in (None, 5):
+        with pytest.raises(ValueError, match='is finished: .* for more epochs train anew with --epochs'):
+            train(resume=run, epochs=epochs)
+
+# --- arguments (20) and devices (9, 23) ---
+
+BAD_NUMBERS = {
+    'epochs': (dict(epochs=10**23), 'epochs is 1000.*, but must be above zero and below 2e.09'),
+    'epochs, a hair too many': (dict(epochs=2**31), 'epochs is 2147483648'),
+    'a text for epochs': (dict(epochs='3'), "epochs is '3', expected int"),
+    'lr': (dict(lr=1e300), 'lr is 1e.300, but must be'),
+    'an endless lr': (dict(lr=float('inf')), 'lr is inf'),
+    'bs': (dict(bs=10**30), 'bs is 1000'),
+    'seed': (dict(seed=2**64), 'seed is 18446744073709551616, but must be from 0 to 4294967295'),
+    'seed below zero': (dict(seed=-1), 'seed is -1'),
+    'True for bs': (dict(bs=True), 'bs is True, expected int'),
+    'img_size': (dict(data='pictures', img_size=4*10**9), 'img_size=4000000000 must be a positive integer'),
+    'img_size that no memory holds': (dict(data='pictures', img_size=4*10**4), 'take 86.4 GB at 40000 x 40000 pixels'),
+}
+
+@pytest.mark.parametrize('name', BAD_NUMBERS)
+def test_numbers_out_of_range(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path/'pictures')
+    kwargs, sentence = BAD_NUMBERS[name]
+    with pytest.raises(SystemExit, match=sentence) as e: vit_train.__wrapped__(**dict(device='cpu') | kwargs)
+    assert '\n' not in str(e.value) and not (tmp_path/'runs').exists() or not list((tmp_path/'runs').iterdir())
+
+@pytest.mark.parametrize('name', ['meta', 'xla', 'vulkan', 'hpu', 'mkldnn', 'xpu', 'cuda:-1', '', 'gpu'])
+def test_devices_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"device '{name}' is not (known|supported)"): runs.get_device(name)
+
+def test_apples_gpu_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for there, device in ((True, 'mps'), (False, 'cpu')):
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: there)
+        assert runs.get_device().type == device
+    with pytest.raises(ValueError, match="device 'mps' was asked for, but torch finds none"): runs.get_device('mps')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert runs.get_device().type == 'cuda'
+
+def test_memory_that_is_not_there_is_a_sentence():
+    for ask in (lambda: torch.empty(2**50), lambda: np.empty(2**50, np.uint8), lambda: torch.empty(2**62, 2**62)):
+        with pytest.raises(SystemExit, match='vit_train: there is not enough memory: choose smaller batches'):
+            with plain_errors('vit_train'): ask()
+    with pytest.raises(RuntimeError, match='another'), plain_errors('vit_train'): raise RuntimeError('another')
+
+# --- what is written (22, 41) ---
+
+def test_files_are_as_open_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_model(vit('digits'), tmp_path/'run', Preprocessing(8, [0.3], [0.4], in_chans=1, labels=['x']*10))
+        os.umask(0o027)
+        save_atomic(dict(x=1), tmp_path/'x.pt')
+        explain(tmp_path/'run', pictures(tmp_path/'p'), tmp_path/'page.html', device='cpu')
+    finally: os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in [*(tmp_path/'run').iterdir(), *tmp_path.glob('*.*')]}
+    assert modes == {'model.safetensors': 0o644, 'config.json': 0o644, 'x.pt': 0o640, 'page.html': 0o640}
+
+def full(path_of):
+    "A disk that is full when a file of this name is put in its place"
+    fsync = os.fsync
+    def fail(handle):
+        if path_of(Path(os.readlink(f'/proc/self/fd/{handle}'))): raise OSError(errno.ENOSPC, 'No space left on device')
+        return fsync(handle)
+    return fail
+
+@pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='no /proc here')
+@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'metrics.csv', 'checkpoint.pt'])
+def test_a_full_disk_costs_no_training(name, tmp_path, monkeypatch, capsys):
+    "The file is named, and so is --resume, which ends the run with the same bytes"
+    train(epochs=2, device='cpu', out=tmp_path/'whole')
+    epoch = dict(n=0)
+    def hit(path):
+        epoch['n'] += path.name == f'{name}.tmp'
+        return path.name == f'{name}.tmp' and epoch['n'] > (name in ('metrics.csv', 'checkpoint.pt'))
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full(hit))
+        with pytest.raises(SystemExit) as e: vit_train.__wrapped__(epochs=2, device='cpu', out=tmp_path/'run')
+    assert f"can't write {tmp_path/'run.part'/name} (No space left on device)" in str(e.value)
+    assert str(e.value).endswith(f"; go on with: vit_train --resume {tmp_path/'run'}")
+    assert not list((tmp_path/'run.part').glob('*.tmp'))
+    train(resume=tmp_path/'run', device='cpu')
+    for file in ('model.safetensors', 'metrics.csv', 'curves.png'):
+        assert (tmp_path/'run'/file).read_bytes() == (tmp_path/'whole'/file).read_bytes()
+
+def test_a_disk_that_is_full_for_the_pictures(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    def fail(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(Figure, 'savefig', fail)
+        with pytest.raises(OSError, match="can't write .*run.part/curves.png .No space left on device.; go on"):
+            train(epochs=1, device='cpu', out=tmp_path/'run')
+    assert predict(tmp_path/'run.part', digits_dls(device='cpu')[2].dataset.x[0, 0].numpy(), device='cpu')
+    assert (train(resume=tmp_path/'run', device='cpu')/'curves.png').is_file()
+
+@pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='no /proc here')
+def test_half_a_page_never_replaces_a_whole_one(run, tmp_path, monkeypatch):
+    page = explain(run, run.parent/'a.png', tmp_path/'page.html', device='cpu')
+    before = contents(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full(lambda path: path.name == 'page.html.tmp'))
+        with pytest.raises(SystemExit, match="can't write .*page.html .No space left on device"):
+            vit_explain.__wrapped__(str(run), [str(run.parent/'a.png')], out=str(page), force=True)
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'explore', die)
+        with pytest.raises(Killed): explain(run, run.parent/'a.png', page, force=True, device='cpu')
+    assert contents(tmp_path) == before
+
+def program(name, *args, **kwargs):
+    "A command as pip installed it"
+    command = [str(Path(sys.executable).parent/name), *map(str, args)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **kwargs)
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full here')
+def test_output_that_cant_be_written(run):
+    with open('/dev/full', 'w') as f: done = program('vit_predict', run, run.parent/'a.png', stdout=f)
+    assert done.returncode == 1
+    assert done.stderr == "vit_predict: can't write the output (No space left on device)\n"
+
+def test_a_reader_that_has_seen_enough_is_no_error(capsys):
+    "`vit_predict ... | head -1`"
+    with pytest.raises(SystemExit) as e, plain_errors('vit_predict'): raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+    assert e.value.code == 1 and capsys.readouterr() == ('', '')
+
+# --- one process at a time (42) ---
+
+def test_a_run_that_another_process_is_at(tmp_path, monkeypatch):
+    "Resume of a living run, a second --force on one --out, a new run of that name: each names the other process"
+    part = unfinished(tmp_path/'run', monkeypatch)
+    holder = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print('held', flush=True)
+sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, '-c', holder, str(part)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    before, said = contents(tmp_path), r'another process is at this run \(.*run.part\): wait until it is done'
+    try:
+        for kwargs in (dict(resume=tmp_path/'run'), dict(out=tmp_path/'run', force=True), dict(out=tmp_path/'run')):
+            with pytest.raises(OSError, match=said): train(device='cpu', epochs=2, **kwargs)
+        assert contents(tmp_path) == before
+    finally:
+        other.kill()          # its lock dies with it
+        other.wait()
+    assert train(resume=tmp_path/'run', device='cpu').is_dir()
+
+def test_a_living_run_is_locked(tmp_path, monkeypatch):
+    "... from its first moment, in this very process"
+    def second(*_): train(resume=tmp_path/'run', device='cpu')
+    monkeypatch.setattr(runs, 'class_probabilities', second)
+    with pytest.raises(OSError, match='another process is at this run'):
+        train(epochs=1, device='cpu', out=tmp_path/'run')
+    assert (tmp_path/'run.part'/'checkpoint.pt').is_file()
+
+def test_force_begins_an_unfinished_run_anew(tmp_path, monkeypatch):
+    part = unfinished(tmp_path/'run', monkeypatch)
+    (part/'samples').mkdir()
+    (part/'samples'/'old.png').write_text('x')
+    run = train(epochs=1, seed=1, device='cpu', out=tmp_path/'run', force=True)
+    assert load_model(run)[1]['settings']['seed'] == 1 and not (run/'samples'/'old.png').exists()
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+# --- Ctrl-C (43) ---
+
+def press(): signal.raise_signal(signal.SIGINT)
+
+def stopped(capsys, **kwargs):
+    "What `vit_train` says when Ctrl-C ends it"
+    with pytest.raises(SystemExit) as e: vit_train.__wrapped__(device='cpu', **kwargs)
+    assert e.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return capsys.readouterr().err
+
+def test_ctrl_c_twice(tmp_path, monkeypatch, capsys):
+    "The second comes while the first is dealt with: the message is that of the first, and it is true"
+    epochs = runs._epochs
+    def twice(part):
+        press()
+        return epochs(part)
+    monkeypatch.setattr(runs, '_epochs', twice)
+    monkeypatch.setattr(runs, 'class_probabilities', lambda *_: press())
+    said = stopped(capsys, epochs=1, out=tmp_path/'run')
+    assert said == f"vit_train: stopped by Ctrl-C after 1 epochs; go on with: vit_train --resume {tmp_path/'run'}\n"
+    assert (tmp_path/'run.part'/'checkpoint.pt').is_file()
+
+def test_ctrl_c_twice_before_the_first_epoch(tmp_path, monkeypatch, capsys):
+    rmtree = shutil.rmtree
+    def twice(*args, **kwargs):
+        press()
+        rmtree(*args, **kwargs)
+    monkeypatch.setattr(runs, '_prepare', lambda *_: press())
+    monkeypatch.setattr(shutil, 'rmtree', twice)
+    said = stopped(capsys, epochs=1, out=tmp_path/'run')
+    assert said == "vit_train: stopped by Ctrl-C before the first epoch was complete: nothing was kept\n"
+    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.parametrize('moment', ['before the rename', 'after the rename'])
+def test_ctrl_c_while_a_run_gets_its_name(moment, tmp_path, monkeypatch, capsys):
+    "The run is whole, and nothing says that it was lost"
+    put = runs._put_in_place
+    def pressed(part, out):
+        if moment == 'before the rename': press()
+        put(part, out)
+        if moment == 'after the rename': press()
+    monkeypatch.setattr(runs, '_put_in_place', pressed)
+    assert stopped(capsys, epochs=1, out=tmp_path/'run') == "vit_train: stopped by Ctrl-C\n"
+    assert [p.name for p in tmp_path.iterdir()] == ['run'] and not list((tmp_path/'run').glob('*.pt'))
+    assert load_model(tmp_path/'run')[1]['settings']['epochs'] == 1
+
+PROGRAM = """
+import signal, sys
+from vit_nbdev.cli import {command}
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}: signal.raise_signal(signal.SIGINT)
+if __name__ == '__main__':
+    sys.meta_path.insert(0, Press())
+    try: {command}()
+    finally: print(sorted(set(sys.modules) & {{'torch', 'fastai', 'numpy', 'matplotlib', 'PIL'}}))
+"""
+
+@pytest.mark.parametrize('module, command', [('torch', 'vit_train'), ('numpy', 'vit_predict'),
+                                             ('fastai.learner', 'vit_explain')])
+def test_ctrl_c_during_imports(module, command, tmp_path):
+    (tmp_path/'program.py').write_text(PROGRAM.format(module=module, command=command))
+    args = [] if command == 'vit_train' else ['run', 'a.png']
+    done = subprocess.run([sys.executable, 'program.py', *args], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f'{command}: stopped by Ctrl-C\n')
+
+# --- help comes at once (34) ---
+
+@pytest.mark.parametrize('command', ['vit_train', 'vit_predict', 'vit_explain'])
+def test_help_imports_nothing_heavy(command, tmp_path):
+    (tmp_path/'program.py').write_text(PROGRAM.format(module='', command=command))
+    done = subprocess.run([sys.executable, 'program.py', '--help'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and '--device' in done.stdout and done.stderr == ''
+    assert done.stdout.endswith('\n[]\n')        # the modules that were loaded
+
+def test_the_library_is_imported_in_silence():
+    "fastai's use of torch.jit.script is not the user's affair"
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONWARNINGS'}
+    done = subprocess.run([sys.executable, '-W', 'error::FutureWarning', '-c', 'import vit_nbdev.runs'],
+                          capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, '')
