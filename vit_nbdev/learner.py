@@ -469,6 +469,7 @@ def _check_fits(checkpoint, state):
     if missing := set(state['parts']) ^ set(checkpoint.parts):
         raise ValueError(f"{file} was written with other callbacks: {', '.join(sorted(map(str, missing)))}")
 
+# %% ../nbs/04_learner.ipynb #fa3abeb2
 def _restore(checkpoint, state):
     "Put a state back where it came from"
     file, learn, saved = checkpoint.file, checkpoint.learn, state['recorder']
