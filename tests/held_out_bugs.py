@@ -1,5 +1,7 @@
 """Held-out bugs: silent bugs that people reported or fixed elsewhere, by an author who hasn't seen the detector.
 
+All the author knew of it were its arguments and the names of its checks; all 52 were committed before the first run.
+
 `CATALOGUE` is a list of `Bug`, as in `planted_bugs.py`, each re-created here as a small model with `right`, the
 corrected one. Built from one seed, both have the same weights. Whether `diagnose` finds a bug is kept in
 `held_out_results.json`, misses included. The detector is never changed for one of these bugs: a bug that led to a
