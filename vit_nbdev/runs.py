@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'get_device', 'check_positive', 'Diverged', 'EpochLines', 'MetricsFile', 'save_model', 'load_model',
-           'class_probabilities', 'train', 'image_files', 'trained_model', 'predict', 'explain']
+           'learner_preprocessing', 'save_run', 'class_probabilities', 'train', 'image_files', 'trained_model',
+           'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
 import hashlib, json, os, platform, shutil, signal, sys, tempfile, threading, time
@@ -20,8 +21,11 @@ from .data import (cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_
                             mnist_dls)   # the first to import fastai: it does so in silence
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib, set_seed
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
+from fastai.vision.augment import AffineCoordTfm, Resize, ResizeMethod
 from fastcore.basics import noop
 from fastcore.imports import in_notebook
 from fastprogress.fastprogress import progress_bar
@@ -369,12 +373,16 @@ def _read_config(file):
     try: c = ViTConfig.from_json(json.dumps(config['model']))
     except TypeError as e: raise ValueError(str(e)) from None
     prep = Preprocessing.from_dict(config['preprocessing'], 'preprocessing')
+    _check_pair(c, prep)
+    return c, prep, config
+
+def _check_pair(c, prep):
+    "ValueError if images prepared so are not those of a model with configuration `c`"
     h, w = prep.img_size
     wanted = dict(labels=c.n_classes, img_size=c.img_size, in_chans=c.in_chans)
     found = dict(labels=len(prep.labels), img_size=h if h == w else (h, w), in_chans=prep.in_chans)
     for name, value in wanted.items():
         if found[name] != value: raise ValueError(f"preprocessing has {name} for {found[name]}, the model for {value}")
-    return c, prep, config
 
 def _check_shapes(shapes, config):
     "ValueError if tensors of these shapes are not the weights of a model with this configuration"
@@ -426,6 +434,52 @@ def load_model(
     model.load_state_dict(weights)
     model.preprocessing = preprocessing
     return model.eval(), config
+
+# %% ../nbs/09_runs.ipynb #67d3510a
+def learner_preprocessing(
+    learn: Learner,      # its model is a `ViT`
+) -> Preprocessing:
+    "How the loaders of a `Learner` prepare an image: ours say so, of fastai's it is read off the transforms"
+    dls, c = learn.dls, learn.model.config
+    named = getattr(dls.train_ds, 'loss_func', None)
+    if named is not None and not isinstance(named, CrossEntropyLossFlat):
+        raise ValueError(f"predictions are of one class an image, but these loaders ask for {type(named).__name__}")
+    if hasattr(dls, 'preprocessing'): return dls.preprocessing
+    fields = dict(img_size=c.img_size, in_chans=c.in_chans, mean=[0.]*c.in_chans, std=[1.]*c.in_chans,
+                  labels=[str(name) for name in dls.vocab])
+    for tfm in [*dls.valid.after_item.fs, *dls.valid.after_batch.fs]:
+        if isinstance(tfm, Normalize):
+            fields |= {name: getattr(tfm, name).flatten().tolist() for name in ('mean', 'std')}
+        elif type(tfm) is Resize and tfm.method != ResizeMethod.Pad and tfm.size == c._sides[::-1]:
+            how = 'squash' if tfm.method == ResizeMethod.Squish else 'crop'
+            fields |= dict(resize=how, interpolation=Image.Resampling(tfm.mode).name.lower())
+        elif not isinstance(tfm, (ToTensor, IntToFloatTensor)) and not _for_training(tfm):
+            raise ValueError(f"a run folder can't hold what {type(tfm).__name__} does to the images: "
+                             "give preprocessing=Preprocessing(...)")
+    return Preprocessing(**fields)
+
+def _for_training(tfm):
+    "Does a transform leave images alone that are not trained on?"
+    return tfm.split_idx == 0 or isinstance(tfm, AffineCoordTfm) and tfm.size is None
+
+# %% ../nbs/09_runs.ipynb #7e24bfe9
+def save_run(
+    learn: Learner,      # its model is a `ViT`; whatever its loaders
+    path: str|Path,      # the folder, made anew
+    preprocessing: Preprocessing|None = None,  # in place of what the loaders say
+    force: bool = False,  # replace `path` if it is a run
+) -> Path:               # the folder, for `predict`, `load_model`, `vit_predict` and `vit_explain`
+    "Write a run folder, whole or not at all, from a `Learner` that was trained by hand"
+    path, model = Path(path), get_model(learn.model)
+    if not isinstance(model, ViT): raise TypeError(f"the model is a {type(model).__name__}, expected a `ViT`")
+    prep = preprocessing or learner_preprocessing(learn)
+    if not prep.labels: prep = replace(prep, labels=tuple(str(name) for name in learn.dls.vocab))
+    _check_pair(model.config, prep)
+    names, rows = ['train_loss', 'valid_loss', *learn.metrics.attrgot('name')], getattr(learn.recorder, 'values', [])
+    with _run_folder(path, force, resume=False) as part:
+        last = dict(zip(names, map(float, rows[-1]))) if rows else {}
+        if not rank_distrib(): save_model(model, part, prep, epochs=len(rows), last_epoch=last)
+    return path
 
 # %% ../nbs/09_runs.ipynb #1e1d43ed
 @torch.no_grad()
@@ -585,11 +639,11 @@ def trained_model(
 ) -> tuple[ViT, Preprocessing]:    # the model, ready to predict, and what it expects of an image
     "The model that is meant by `run`"
     if isinstance(run, (str, Path)): run = load_model(run)[0]
-    preprocessing = getattr(run.dls if isinstance(run, Learner) else run, 'preprocessing', None)
     model = run.model if isinstance(run, Learner) else run
     if not isinstance(model, ViT):
         raise TypeError(f"got a {type(run).__name__}, expected a run folder, a ViT of load_model or load_pretrained, "
                         "or a Learner with one")
+    preprocessing = learner_preprocessing(run) if isinstance(run, Learner) else getattr(run, 'preprocessing', None)
     if preprocessing is None:
         raise ValueError("the model does not say how its images are prepared: "
                          "set model.preprocessing = Preprocessing(...)")

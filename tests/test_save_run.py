@@ -1,0 +1,130 @@
+"""A run folder of any fitted Learner, whatever its loaders."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from fastai.torch_core import set_seed
+from fastai.vision.all import (AffineCoordTfm, ImageDataLoaders, MultiCategoryBlock, Normalize,
+                               RandomResizedCrop, Resize, ResizeMethod, aug_transforms, load_learner)
+from PIL import Image
+from torch import nn
+
+from vit_nbdev import runs
+from vit_nbdev.cli import vit_predict
+from vit_nbdev.data import digits_dls
+from vit_nbdev.learner import vit_learner
+from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.runs import explain, load_model, predict, save_run
+from vit_nbdev.vit import vit
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "Two classes of pictures, square and oblong"
+    path, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for label, level in dict(dark=90, light=150).items():
+        (path/label).mkdir()
+        for i in range(12):
+            shape = (28, 28, 3) if i % 2 else (60, 44, 3)
+            Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i}.png')
+    return path
+
+def fastai_learner(path, resize, *batch_tfms):
+    set_seed(0)
+    dls = ImageDataLoaders.from_folder(path, valid_pct=0.25, item_tfms=resize, batch_tfms=list(batch_tfms), bs=8,
+                                       num_workers=0, device='cpu')
+    learn = vit_learner(dls, vit('mnist', in_chans=3, n_classes=2, depth=1))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
+    return learn
+
+STATS = Normalize.from_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], cuda=False)
+WAYS = {   # item transforms, batch transforms, what the folder must say, and how far oblong pictures may be off
+    'crop': (Resize(28), [], dict(resize='crop', mean=(0., 0., 0.), std=(1., 1., 1.)), 0.02),
+    'squash': (Resize(28, ResizeMethod.Squish), [STATS], dict(resize='squash', std=(0.2, 0.3, 0.4)), 1e-5),
+    'augmented': (Resize(28), [*aug_transforms(), STATS], dict(resize='crop', mean=(0.4, 0.5, 0.6)), 0.02),
+}
+
+@pytest.mark.parametrize('name', WAYS)
+def test_what_the_learner_says_the_folder_says(name, pictures, tmp_path, capsys):
+    resize, batch_tfms, said, close = WAYS[name]
+    learn = fastai_learner(pictures, resize, *batch_tfms)
+    run = save_run(learn, tmp_path/'run')
+    assert {p.name for p in run.iterdir()} == {'config.json', 'model.safetensors'}
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+    model, config = load_model(run)
+    for field, value in said.items(): assert getattr(model.preprocessing, field) == pytest.approx(value)
+    assert model.preprocessing.labels == ('dark', 'light') and config['epochs'] == 2
+    assert set(config['last_epoch']) == {'train_loss', 'valid_loss', 'accuracy'}
+    for i in (0, 1):                                   # an oblong one, and a square one
+        file = pictures/'light'/f'{i}.png'
+        with learn.no_bar(): label, index, p = learn.predict(file)
+        for found in (predict(run, file)[0], predict(learn, file)[0]):
+            assert (found['class'], found['index']) == (label, index)
+            assert np.allclose(found['probabilities'], p, atol=close if i == 0 else 1e-5)
+    vit_predict.__wrapped__(str(run), [str(file)], json=True, device='cpu')
+    assert json.loads(capsys.readouterr().out)[0]['class'] == label
+    assert explain(run, file, tmp_path/'page.html', device='cpu').is_file()
+
+def test_an_exported_learner(pictures, tmp_path):
+    learn = fastai_learner(pictures, Resize(28), STATS)
+    learn.export(tmp_path/'learn.pkl')
+    before = predict(save_run(learn, tmp_path/'a'), pictures)
+    assert predict(save_run(load_learner(tmp_path/'learn.pkl'), tmp_path/'b'), pictures) == before
+
+def test_loaders_of_ours(tmp_path):
+    learn = vit_learner(digits_dls(device='cpu'), 'digits')
+    run = save_run(learn, tmp_path/'run')
+    assert load_model(run)[0].preprocessing == learn.dls.preprocessing
+
+REFUSED = {
+    'a border': (Resize(28, ResizeMethod.Pad), [], "can't hold what Resize does"),
+    'another transform': (RandomResizedCrop(28), [], "can't hold what RandomResizedCrop does"),
+    'resized in the batch': (Resize(40), [AffineCoordTfm(size=28)], "can't hold what Resize does"),
+}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_a_folder_cant_hold_is_refused(name, pictures, tmp_path):
+    resize, batch_tfms, sentence = REFUSED[name]
+    learn = fastai_learner(pictures, resize, *batch_tfms)
+    with pytest.raises(ValueError, match=sentence + '.*: give preprocessing=Preprocessing'):
+        save_run(learn, tmp_path/'run')
+    assert not list(tmp_path.iterdir())
+    prep = Preprocessing(28, [0.]*3, [1.]*3)
+    assert load_model(save_run(learn, tmp_path/'run', prep))[0].preprocessing.labels == ('dark', 'light')
+
+def test_models_and_losses_that_it_is_not_for(pictures, tmp_path):
+    dls = digits_dls(device='cpu')
+    with pytest.raises(TypeError, match='the model is a Sequential, expected a `ViT`'):
+        save_run(vit_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), tmp_path/'run')
+    learn = vit_learner(dls, vit('digits', n_classes=7))
+    with pytest.raises(ValueError, match='preprocessing has labels for 10, the model for 7'):
+        save_run(learn, tmp_path/'run')
+    files = sorted(pictures.rglob('*.png'))
+    several = ImageDataLoaders.from_lists(pictures, files, [['light', 'big'], ['dark']]*12, y_block=MultiCategoryBlock,
+                                          item_tfms=Resize(28), bs=8, num_workers=0, device='cpu')
+    learn = vit_learner(several, vit('mnist', in_chans=3, n_classes=3, depth=1))
+    with pytest.raises(ValueError, match='one class an image, but these loaders ask for BCEWithLogitsLossFlat'):
+        save_run(learn, tmp_path/'run')
+    assert not list(tmp_path.iterdir())
+
+def test_whole_or_not_at_all(tmp_path, monkeypatch):
+    "An error in between leaves nothing, or what was there before; what is no run is never replaced"
+    learn = vit_learner(digits_dls(device='cpu'), 'digits')
+    def fail(*_, **__): raise OSError('the disk is full')
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'save', fail)
+        with pytest.raises(OSError, match='the disk is full'): save_run(learn, tmp_path/'run')
+    assert not list(tmp_path.iterdir())
+    save_run(learn, tmp_path/'run')
+    before = (tmp_path/'run'/'model.safetensors').read_bytes()
+    nn.init.normal_(learn.model.head.weight)
+    with pytest.raises(FileExistsError, match='--force to replace'): save_run(learn, tmp_path/'run')
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'save', fail)
+        with pytest.raises(OSError): save_run(learn, tmp_path/'run', force=True)
+    assert (tmp_path/'run'/'model.safetensors').read_bytes() == before
+    save_run(learn, tmp_path/'run', force=True)
+    assert torch.equal(load_model(tmp_path/'run')[0].head.weight, learn.model.head.weight)
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'thesis.txt').write_text('three years')
+    with pytest.raises(FileExistsError, match='is not a run'): save_run(learn, tmp_path/'mine', force=True)
