@@ -101,8 +101,8 @@ def test_every_architecture_of_timm_is_understood_or_refused(monkeypatch):
     from timm.models.vision_transformer import VisionTransformer
     done, refused = [], []
     for name in timm.list_models():
-        if not re.match(ARCHITECTURES, name): continue
-        with torch.device('meta'), pretrained._NoInit(): model = timm.create_model(name)
+        if not re.match(ARCHITECTURES, name) or 'sapiens2' in name: continue         # those can't be built shallow
+        with torch.device('meta'), pretrained._NoInit(): model = timm.create_model(name, depth=1)
         beside = dict(architecture=name, global_pool=getattr(model, 'global_pool', 'token'),
                       pretrained_cfg=dict(model.pretrained_cfg))
         try:
