@@ -188,7 +188,8 @@ def our_names(
     w = dict(w)
     if 'embeds.proj.weight' in w: _from_naflex(w)
     w = {_rename(name, ORIGINS[origin]['names']): x for name, x in w.items()}
-    for name in [name for name in w if re.search(r'\.(kv|gate)\.', name)] + [name for name in w if '.q.' in name]:
+    apart = [name for name in w if '.kv.' in name or '.gate.' in name] + [name for name in w if '.q.' in name]
+    for name in apart:
         if name in w: _join(w, name)
     w = {name.replace('.mlp.up.', '.mlp.fc1.'): x for name, x in w.items()}     # where there is no gate
     if 'cls_token' in w and w['cls_token'].dim() == 1: w['cls_token'] = w['cls_token'][None, None]    # CLIP's
@@ -425,7 +426,8 @@ def _recognise(w):
         else: outside.append(name)
     names = '\n'.join(inner)
     for pattern, what in UNSUPPORTED.items() if origin != 'vit_nbdev' else ():
-        if found := re.search(f'^.*({pattern}).*$', names, re.M): raise _variant(f'{what} ({found[0]})')
+        if re.search(pattern, names):
+            raise _variant(f'{what} ({next(name for name in inner if re.search(pattern, name))})')
     return origin, inner, prefix, outside
 
 # %% ../nbs/05_pretrained.ipynb #480604fe
@@ -861,6 +863,7 @@ def _fold(w, origin, facts, changes, report):
 def _zero_biases(w):
     "In place: zeros for the linear layers that have no bias in any block"
     for layer in ('attn.proj', 'mlp.fc1', 'mlp.fc2'):
+        if f'encoder.blocks.0.{layer}.bias' in w: continue
         weights = [name for name in w if re.fullmatch(rf'encoder\.blocks\.\d+\.{layer}\.weight', name)]
         biases = [name.removesuffix('weight') + 'bias' for name in weights]
         if not any(name in w for name in biases): w |= {b: w[a].new_zeros(len(w[a])) for a, b in zip(weights, biases)}
@@ -955,15 +958,13 @@ UNSUPPORTED = {   # what stands in the names of variants that a `ViT` can't comp
 
 # %% ../nbs/05_pretrained.ipynb #83173dfe
 KINDS = {   # names that betray other models
-    r'rel_pos|relative_position': 'relative positions', r'patch_embed\.backbone': 'a convolutional backbone',
     r'layers\.\d+\.blocks': 'stages with windows (Swin and its kind)', r'layer\d\.\d+\.conv': 'convolutions (a ResNet)',
-    r'patch_generator': 'the patch generator of RADIO', r'attention\.attention\.query.*window': 'windows',
-    r'blocks\.\d+\.(attns|ffns)\.': 'parallel layers',
+    r'patch_generator': "the patch generator of RADIO's own file (timm's is read)",
 }
 
 def _unknown(w):
     "The sentence about weights that have no mark"
-    for pattern, what in KINDS.items():
+    for pattern, what in (UNSUPPORTED | KINDS).items():
         if found := [name for name in w if re.search(pattern, name)]:
             return f"these weights have {what} ({found[0]}): they are of another model, or a variant that `ViT` is not"
     marks = ', '.join(dict.fromkeys(facts['mark'] for facts in ORIGINS.values()))
