@@ -996,6 +996,19 @@ def test_blocks_are_built_apart():
     mine.encoder.blocks[2].norm1.weight.data.zero_()
     assert (mine.encoder.blocks[1].norm1.weight != 0).all()
 
+def test_a_repository_of_open_clip(monkeypatch, tmp_path):
+    "On the hub, open_clip's file is fetched where there is no other, and its configuration with it"
+    hub = pytest.importorskip('huggingface_hub', reason='needs huggingface_hub, which is replaced here')
+    theirs, config = open_clip_model()
+    def fetch(name, allow_patterns):
+        if 'open_clip_pytorch_model.bin' in allow_patterns and 'open_clip_config.json' in allow_patterns:
+            torch.save(theirs.state_dict(), tmp_path/'open_clip_pytorch_model.bin')
+            (tmp_path/'open_clip_config.json').write_text(json.dumps(config))
+        return str(tmp_path)
+    monkeypatch.setattr(hub, 'snapshot_download', fetch)
+    mine, x = load_pretrained('owner/some_clip'), pixels(32, 32)
+    with torch.no_grad(): close(mine(x), theirs.encode_image(x), 1e-5)
+
 def test_learner_save(tmp_path):
     "fastai's own file, with the optimizer's state beside the weights"
     from vit_nbdev.data import digits_dls

@@ -972,7 +972,9 @@ def _unknown(w):
             f"is among the {len(w)} names ({', '.join(list(w)[:3])}, ...)")
 
 # %% ../nbs/05_pretrained.ipynb #3a42664f
-_ON_HUB = ['config.json', 'preprocessor_config.json', '*.index.json']
+_ON_HUB = ['config.json', 'preprocessor_config.json', 'open_clip_config.json', '*.index.json']
+_FILES = ('model.safetensors', 'model-*.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors',
+          'open_clip_pytorch_model.bin')
 
 def _from_hub(name):
     "The folder with the files of a model on the hub, fetched if it is not here"
@@ -981,7 +983,7 @@ def _from_hub(name):
     except ImportError:
         raise ImportError(f"to fetch {name} from the hub: pip install huggingface_hub, or give a file") from None
     try:
-        for weights in ('model.safetensors', 'model-*.safetensors', 'pytorch_model.bin'):
+        for weights in _FILES:
             folder = Path(snapshot_download(name, allow_patterns=[*_ON_HUB, weights]))
             if sorted(folder.glob(weights)): return folder
     except errors.GatedRepoError as e:
