@@ -304,7 +304,7 @@ def test_it_is_said_how_much_a_crop_cuts_off(size, kept, tmp_path):
     paint(tmp_path, 'a', 'b', size=size)
     f = facts(tmp_path)
     assert abs(f['kept']['typical'] - kept) < 1e-3 and f['sizes']['typical'] == list(size[::-1])
-    assert any(f'the middle {kept:.0%} is used' in line for line in fact_lines(f)) == (kept < 1)
+    assert any(f'the middle {100*kept:.0f} % is used;' in line for line in fact_lines(f)) == (kept < 1)
     assert facts(tmp_path, resize='squash')['kept'] == facts(tmp_path, resize='pad')['kept'] == dict(typical=1, least=1)
 
 @pytest.mark.parametrize('resize, seen', [('crop', {0}), ('squash', {0, 250}), ('pad', {0, 128, 250})])
@@ -353,3 +353,16 @@ def test_memory_is_little_more_than_the_pixels(tmp_path):
         return (status('VmHWM') - before)/pixels
     peak(64)                                                 # what is loaded once
     assert peak(640) < 1.2                                   # 246 MB
+
+@pytest.mark.parametrize('names', [('Cat', 'cat'), ('a\u0301', '\u00e1'), ('dog', 'dog ')])
+def test_names_that_are_nearly_one_are_said(names, tmp_path):
+    paint(tmp_path, *names, 'other')
+    assert any('have nearly the same name' in line and names[0] in line for line in fact_lines(facts(tmp_path)))
+    shutil.rmtree(tmp_path/names[0])
+    assert not any('nearly the same name' in line for line in fact_lines(facts(tmp_path)))
+
+def test_one_folder_too_high(tmp_path):
+    paint(tmp_path/'pets', 'cat', 'dog')
+    with pytest.raises(ValueError, match=r'one class only \(pets\).*; if the folders in .*pets are the classes'):
+        load(tmp_path)
+    assert len(facts(tmp_path/'pets')['classes']) == 2

@@ -16,7 +16,8 @@ from vit_nbdev.cli import vit_predict, vit_train
 from vit_nbdev.data import small_affine, tensor_dls
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.report import balanced_accuracy, class_results, percent, plot_confusion, plot_predictions, write_report
+from vit_nbdev.report import (balanced_accuracy, class_results, draw_pictures, percent, plot_confusion,
+                              plot_predictions, write_report)
 from vit_nbdev.runs import predict, save_model
 from vit_nbdev.vit import vit
 
@@ -147,9 +148,15 @@ def test_names_are_drawn_with_fonts_that_have_their_glyphs(names, tmp_path, monk
             warnings.simplefilter('error')                # "Glyph 29483 missing from font"
             fig.savefig(tmp_path/'a.png')
 
-def test_names_that_no_font_has_are_drawn_all_the_same(tmp_path):
-    fig = plot_confusion(torch.tensor([0, 1]), torch.tensor([0, 1]), ['\U0001fae8', '\U00012345'])
-    fig.savefig(tmp_path/'a.png')
+def test_names_that_no_font_has_are_said_once_and_drawn_all_the_same(tmp_path):
+    prep = Preprocessing(8, [.5], [.5], in_chans=1, labels=['\U00012345', 'a'])
+    targets, probs = torch.tensor([0, 1]), torch.tensor([[.9, .1], [.1, .9]])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        said = draw_pictures(tmp_path, None, [[1, 1, 1]], images, targets, probs, prep)
+    assert said == {'the text \U00012345': 'no font here has it: install one, such as Noto Sans CJK'}
+    assert (tmp_path/'confusion.png').stat().st_size > 1000
 
 UNEVEN = dict(balanced=([0]*190 + [1]*10, [0]*200, 0.5, '190 of 190', '0 of 10'),
               half=([0]*30 + [1]*2, [0]*30 + [1, 0], 0.75, '30 of 30', '1 of 2'),

@@ -16,7 +16,7 @@ with warnings.catch_warnings():     # that it uses torch.jit.script is fastai's 
     import fastai.torch_basics      # noqa: F401
 
 # %% ../nbs/03_data.ipynb #70751237
-import gzip, os, re, shutil, sys, tempfile, zlib
+import gzip, os, re, shutil, sys, tempfile, unicodedata, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -428,11 +428,11 @@ def find_images(
     if root == os.sep or is_special(root): raise ValueError(f"{folder} is no folder of images: give one that is")
     def sort_in(path, real):
         "A file, or a folder with all that is in it; links wait until the end"
-        why = 'a link to what counts already' if real in seen else None
-        if why is None and not path.is_dir(): why = _no_image(path)
+        known, is_folder = real in seen, path.is_dir()
+        why = 'a link to what counts already' if known else None if is_folder else _no_image(path)
         seen.add(real)
         if why: left_out[why].append(path)
-        elif not path.is_dir(): files.append(path)
+        elif not is_folder: files.append(path)
         else:
             for inside in sorted(path.iterdir()):
                 if inside.name.startswith('.'): left_out['hidden'].append(inside)
@@ -510,7 +510,9 @@ def _vocab(path, found, left_out):
     vocab, what = sorted(classes['train']), 'no folders with image files' if not classes['train'] else 'one class only'
     if len(vocab) < 2:
         what += f" ({vocab[0]})" if vocab else ''
-        raise ValueError(f"{path} holds {what}{_but(left_out)}: a folder per class is expected, two or more")
+        deeper = any(len(f.relative_to(path).parts) > 2 for f in found['train'][0])
+        hint = f"; if the folders in {path/vocab[0]} are the classes, give that" if deeper else ''
+        raise ValueError(f"{path} holds {what}{_but(left_out)}: a folder per class is expected, two or more{hint}")
     for split, names in classes.items():
         if not names: raise ValueError(f"{path}: no image is left to {split}{_but(left_out)}: add some")
         if extra := names - classes['train']:
@@ -703,8 +705,9 @@ def fact_lines(
     if facts.get('left_out'): lines.append(left_out_line(facts['left_out']))
     if 'sizes' in facts:
         (h, w), kept = facts['sizes']['typical'], facts['kept']
-        cut = '' if kept['least'] > 0.99 else (f", of which the middle {kept['typical']:.0%} is used (of the longest: "
-                                               f"{kept['least']:.0%}); --resize squash or pad uses all of it")
+        longest = f" (of the longest: {100*kept['least']:.0f} %)" if kept['least'] < kept['typical'] else ''
+        cut = '' if kept['least'] > 0.99 else (f", of which the middle {100*kept['typical']:.0f} % is used{longest}; "
+                                               "--resize squash or pad uses all of it")
         lines.append(f"typical picture: {w} x {h} pixels{cut}")
     for name in ('valid', 'test'):
         if n := splits[name]['also_in_train']:
@@ -712,6 +715,9 @@ def fact_lines(
                          "accuracies count what was only memorised")
         if missing := [c['name'] for c in classes if not c[name]]:
             lines.append(f"note: the {name} split has no image of {some(missing)}")
+    alike = Counter(unicodedata.normalize('NFKC', c['name']).casefold().strip() for c in classes)
+    if twice := [c['name'] for c in classes if alike[unicodedata.normalize('NFKC', c['name']).casefold().strip()] > 1]:
+        lines.append(f"note: the classes {some(twice)} have nearly the same name: are they one?")
     c, n = facts['contrast'], splits['train']['images']
     if c['bright'] - c['dark'] <= 64:
         lines.append(f"note: there is little contrast, training pixels run from {c['dark']} to {c['bright']} of "
