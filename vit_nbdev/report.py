@@ -240,6 +240,7 @@ def draw_pictures(
     except OSError as e: failed['samples'] = why_not(e, folder/'samples')
     return failed
 
+# %% ../nbs/08_report.ipynb #e6d5e4d2
 def why_not(e: Exception, file: Path) -> str:
     "Why `file` could not be drawn; a full disk is an error, since the run can be finished when there is room again"
     if getattr(e, 'errno', None) == errno.ENOSPC: raise OSError(f"can't write {file} ({e.strerror})") from e
