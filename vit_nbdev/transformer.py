@@ -167,7 +167,7 @@ class DropPath(nn.Module):
 
 # %% ../nbs/01_transformer.ipynb #bd9ae303
 class LayerScale(nn.Module):
-    "A learned factor for each channel of a branch, small at the start (Touvron 2021, equation 5)"
+    "A learned factor for each channel of a branch, small at the start (Touvron 2021)"
     def __init__(self,
         dim: int,           # width of the tokens
         init: float = 1e-5, # where the factors start
