@@ -593,6 +593,16 @@ def test_what_others_do_not_have():
     refuses(to_torchvision, "n_registers=2: torchvision's ViT has 0", pool='cls', n_registers=2)
     refuses(to_torchvision, "norm_eps=1e-05: torchvision's", pool='cls', norm_eps=1e-5)
 
+def test_loading_imports_no_library_of_models(tmp_path):
+    "Not even for the names of the classes: importing timm would cost more than the weights"
+    pytest.importorskip('timm', reason='needs timm, which is not to be imported')
+    save_file(timm_model('augreg, deit', num_classes=1000).state_dict(), tmp_path/'w.safetensors')
+    code = (f'import sys; from vit_nbdev.pretrained import load_pretrained; m = load_pretrained({str(tmp_path)!r}); '
+            "assert m.preprocessing.labels[1].startswith('goldfish'), m.preprocessing.labels[1]; "
+            "assert not {'timm', 'transformers', 'torchvision'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
 def test_light_import():
     heavy = "{'fastai', 'timm', 'transformers', 'torchvision', 'huggingface_hub', 'matplotlib', 'sklearn', 'scipy'}"
     code = f'import sys, vit_nbdev.pretrained; loaded = {heavy} & set(sys.modules); assert not loaded, loaded'
@@ -1032,8 +1042,12 @@ def test_class_names_of_the_libraries(tmp_path):
     assert load_pretrained(w).preprocessing.labels == tuple(names) and names[1] == 'goldfish'
     assert load_pretrained(w, n_classes=3).preprocessing.labels == ('0', '1', '2')
     timm = pytest.importorskip('timm', reason='needs timm, which has the names')
+    from timm.data import ImageNetInfo, infer_imagenet_subset
     from timm.models._hub import save_for_hf
-    for n, last in ((1000, 'toilet tissue, toilet paper, bathroom tissue'), (11821, 'knothole'), (7, '6')):
+    for n in pretrained.SYNSETS:
+        theirs = ImageNetInfo(infer_imagenet_subset(dict(num_classes=n))).label_descriptions()
+        assert pretrained._imagenet('timm', n) == theirs and len(theirs) == n
+    for n, last in ((1000, 'toilet tissue, toilet paper, bathroom tissue'), (7, '6')):
         theirs = timm.create_model('test_vit', num_classes=n)
         save_for_hf(theirs, tmp_path, safe_serialization=True)
         labels = load_pretrained(tmp_path).preprocessing.labels

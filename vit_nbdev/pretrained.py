@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TIMM', 'FACEBOOK', 'TORCHVISION', 'OPENAI', 'TRANSFORMERS', 'CLIP', 'GOOGLE', 'ORIGINS', 'WIDTHS', 'CHANGEABLE',
            'PREFERRED', 'SAFE', 'READERS', 'WRAPPERS', 'VARIANTS', 'REFUSED', 'POOLS', 'ARGS', 'IGNORED', 'ACTS',
-           'TYPES', 'WEIGHTS', 'LEFT_OUT', 'UNSUPPORTED', 'KINDS', 'NOT_TIMMS', 'PLAIN', 'our_names', 'load_pretrained',
-           'to_timm', 'to_torchvision']
+           'TYPES', 'SYNSETS', 'WEIGHTS', 'LEFT_OUT', 'UNSUPPORTED', 'KINDS', 'NOT_TIMMS', 'PLAIN', 'our_names',
+           'load_pretrained', 'to_timm', 'to_torchvision']
 
 # %% ../nbs/05_pretrained.ipynb #580d712d
-import argparse, json, math, pickle, re, zipfile
+import argparse, csv, json, math, pickle, re, zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile
@@ -740,18 +741,22 @@ def _preprocessing(origin, facts, old, new, changes):
     if labels is None or len(labels) != new.n_classes: labels = [str(i) for i in range(new.n_classes)]
     return replace(prep, labels=tuple(labels))
 
+# %% ../nbs/05_pretrained.ipynb #f993738b
+SYNSETS = {1000: 'imagenet', 11221: 'imagenet21k_miil', 11821: 'imagenet12k', 21841: 'imagenet22k',
+           21842: 'imagenet22k_ms', 21843: 'imagenet21k_goog'}         # timm's lists of classes by their length
+
 @lru_cache
 def _imagenet(library, n_classes):
     "Names of ImageNet's classes in the order of the library of the weights, if it is installed and has that many"
-    try:
-        if library == 'torchvision' and n_classes == 1000:
-            from torchvision.models import ViT_B_16_Weights
-            return ViT_B_16_Weights.IMAGENET1K_V1.meta['categories']
-        if library == 'timm' and n_classes:
-            from timm.data import ImageNetInfo, infer_imagenet_subset
-            subset = infer_imagenet_subset(dict(num_classes=n_classes))
-            return ImageNetInfo(subset).label_descriptions() if subset else None
-    except ImportError: return None
+    if library == 'torchvision' and n_classes == 1000:
+        from torchvision.models import ViT_B_16_Weights
+        return ViT_B_16_Weights.IMAGENET1K_V1.meta['categories']
+    timm = find_spec('timm') if library == 'timm' and n_classes in SYNSETS else None
+    if timm is None: return None
+    folder = Path(timm.origin).parent/'data'/'_info'        # its files alone: to import timm takes 200 MB and seconds
+    if not (names := folder/'imagenet_synset_to_lemma.txt').exists(): return None
+    names = dict(csv.reader(names.read_text(encoding='utf-8').splitlines(), delimiter='\t'))
+    return [names[k] for k in (folder/f'{SYNSETS[n_classes]}_synsets.txt').read_text(encoding='utf-8').split()]
 
 # %% ../nbs/05_pretrained.ipynb #951ab72a
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin', '*.safetensors', '*.pth', '*.pt', '*.bin', '*.npz', '*.onnx')
