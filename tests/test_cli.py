@@ -466,9 +466,10 @@ import sys, torch
 from pathlib import Path
 from fastai.torch_core import set_seed, num_distrib, rank_distrib
 from fastai.callback.core import Callback
-from vit_nbdev.data import digits_dls
+from vit_nbdev.data import digits_dls, tensor_dls
 from vit_nbdev.learner import deal, vit_learner
-from vit_nbdev.runs import _join_processes
+from vit_nbdev.runs import MetricsFile, _join_processes
+from vit_nbdev.vit import vit
 torch.set_num_threads(1)
 class Seen(Callback):
     "Which images came in an epoch, told apart by their bytes"
@@ -481,7 +482,20 @@ dls = deal(digits_dls(bs=60, augment=False, device='cpu'))
 learn = vit_learner(dls, 'digits', cbs=Seen())
 with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, 3e-3)
 weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-result = dict(weights=weights, seen=learn.seen.seen, values=list(learn.recorder.values[-1]))
+result = dict(weights=weights, seen=learn.seen.seen)
+
+# nine validation images, which two processes can't share evenly, and weights that stay as they are
+set_seed(1)
+train, valid = (dl.dataset for dl in dls.loaders[:2])
+model = vit('digits')
+torch.nn.init.normal_(model.head.weight)
+x, y = valid.x[:9], valid.y[:9]
+nine = deal(tensor_dls((train.x, train.y), (x, y), (x, y), vocab=list('0123456789'), bs=60, augment=False, device='cpu'))
+learn = vit_learner(nine, model, cbs=MetricsFile(Path(f'{sys.argv[1]}.csv')))
+with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False): learn.fit(1, 0.)
+with torch.no_grad(): logits = model.eval()(nine.preprocessing.normalise(x))
+loss, right = torch.nn.functional.cross_entropy(logits, y), (logits.argmax(1) == y).float().mean()
+result |= dict(values=list(learn.recorder.values[-1][1:]), by_hand=[loss.item(), right.item()])
 torch.save(result, f'{sys.argv[1]}-{rank_distrib()}.pt')
 """
 
@@ -501,6 +515,13 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(one['seen']) == len(a['seen']) == len(b['seen'])
     for whole, x, y in zip(one['seen'], a['seen'], b['seen']):
         assert sorted(whole) == sorted(x + y) and len(x) == len(y) == 30
+
+    # each validation image counts once: the figures are those of one process, and by hand
+    assert one['values'] == a['values'] == b['values']
+    torch.testing.assert_close(torch.tensor(a['values']), torch.tensor(a['by_hand']), atol=1e-6, rtol=1e-6)
+    tables = [(tmp_path/f'{name}.csv').read_text().splitlines() for name in ('one', 'two')]
+    columns = [[line.split(',')[2:] for line in table] for table in tables]
+    assert columns[0] == columns[1] and columns[0][0] == ['valid_loss', 'accuracy']
 
 def test_vit_train_in_two_processes(tmp_path):
     "One run folder, written by the first process; a batch that can't be dealt is refused"
