@@ -544,10 +544,10 @@ def test_variants_that_only_a_config_tells(tmp_path):
             '{"model_type": "x", "auto_map": {}}')
     refuses('expected an object', '[1, 2]')
     refuses('is damaged', '['*200_000)
-    refuses('a value of a wrong kind', '{"architecture": "vit_x", "model_args": [1]}')
-    refuses('architecture=None must be a name', '{"architecture": null}')
+    refuses('must be an object', '{"architecture": "vit_x", "model_args": [1]}')
+    refuses('architecture=3 must be a text', '{"architecture": 3}')
     refuses("has hidden_act='tanh', which", '{"model_type": "vit", "hidden_act": "tanh"}')
-    refuses('n_heads=None must be a positive integer', '{"model_type": "vit", "num_attention_heads": null}')
+    refuses("num_attention_heads='x' must be a positive", '{"model_type": "vit", "num_attention_heads": "x"}')
     refuses('config.json is damaged', '{')
 
 def test_wrong_places(tmp_path, monkeypatch):

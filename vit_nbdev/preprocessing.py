@@ -102,7 +102,8 @@ def _check_field(name, value, prep):
         if not _are(_is_number, value, c): want = f'{c} finite numbers, one for each channel (in_chans={c})'
         elif name == 'std' and min(value) <= 0: want = 'above zero in each channel'
     elif name == 'crop_pct':
-        if not _is_number(value) or value < 0.01: want = 'a number, 0.01 or more'
+        good = _is_number(value) and 0.01 <= value <= min(prep.img_size)
+        if not good: want = 'a number above zero, 0.01 at least, that leaves a pixel'
         elif value != 1 and prep.resize_size: want = f'left out, since resize_size={prep.resize_size} says the same'
     elif name == 'scale':
         if not _is_number(value) or value <= 0: want = 'a number above zero'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMM', 'FACEBOOK', 'TORCHVISION', 'OPENAI', 'TRANSFORMERS', 'CLIP', 'GOOGLE', 'ORIGINS', 'WIDTHS', 'CHANGEABLE',
-           'PREFERRED', 'SAFE', 'READERS', 'WRAPPERS', 'VARIANTS', 'REFUSED', 'POOLS', 'ARGS', 'IGNORED', 'ACTS',
-           'TYPES', 'SYNSETS', 'WEIGHTS', 'LEFT_OUT', 'UNSUPPORTED', 'KINDS', 'NOT_TIMMS', 'PLAIN', 'our_names',
+           'PREFERRED', 'SAFE', 'READERS', 'WRAPPERS', 'SCHEMA', 'VARIANTS', 'REFUSED', 'POOLS', 'ARGS', 'IGNORED',
+           'ACTS', 'TYPES', 'SYNSETS', 'WEIGHTS', 'LEFT_OUT', 'UNSUPPORTED', 'KINDS', 'NOT_TIMMS', 'PLAIN', 'our_names',
            'load_pretrained', 'to_timm', 'to_torchvision']
 
 # %% ../nbs/05_pretrained.ipynb #580d712d
@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 from .transformer import sincos_2d
-from .vit import ViT, ViTConfig, resize_positions
+from .vit import ViT, ViTConfig, _is_int, _is_number, resize_positions
 
 # %% ../nbs/05_pretrained.ipynb #185e47fe
 def _blocks(theirs, names):
@@ -574,6 +574,37 @@ def _unwrap(w):
     ambiguous = [text for text in taken if '(' in text]
     return dict(w), [f"taken: {text}" for text in ambiguous], said
 
+# %% ../nbs/05_pretrained.ipynb #1970bf1a
+def _is_count(x): return _is_int(x, 1)
+def _are(good, n): return lambda x: isinstance(x, (list, tuple)) and len(x) in n and all(map(good, x))
+def _either(*tests): return lambda x: any(test(x) for test in tests)
+
+_TEXT, _OBJECT = (lambda x: isinstance(x, str), 'a text'), (lambda x: isinstance(x, dict), 'an object {...}')
+_COUNT, _POSITIVE = (_is_count, 'a positive integer'), (lambda x: _is_number(x) and x > 0, 'a positive number')
+_SIDES = _either(_is_count, _are(_is_count, (1, 2))), 'a side, or height and width'
+_STATISTICS = _either(_is_number, _are(_is_number, (1, 3))), 'numbers, one for each channel'
+SCHEMA = {    # fields of timm's, transformers' and open_clip's files: what must be there, if there is anything
+    **dict.fromkeys(('architecture', 'model_type', 'global_pool', 'hidden_act', 'interpolation', 'crop_mode',
+                     'image_processor_type', 'feature_extractor_type', 'resize_mode'), _TEXT),
+    **dict.fromkeys(('model_args', 'pretrained_cfg', 'vision_config', 'model_cfg', 'vision_cfg', 'preprocess_cfg'),
+                    _OBJECT),
+    **dict.fromkeys(('num_heads', 'num_attention_heads'), _COUNT), **dict.fromkeys(('img_size', 'image_size'), _SIDES),
+    **dict.fromkeys(('image_mean', 'image_std', 'mean', 'std'), _STATISTICS),
+    **dict.fromkeys(('layer_norm_eps', 'crop_pct', 'rescale_factor', 'rope_theta'), _POSITIVE),
+    'input_size': (_are(_is_count, (3,)), 'three sizes: channels, height and width'),
+    'resample': (lambda x: _is_int(x, 0), 'an integer'),
+}
+
+def _checked(values, where):
+    "The fields of a JSON object that are not null; ValueError if one is not as `SCHEMA` says"
+    found = {}
+    for name, x in values.items():
+        if x is None: continue
+        good, want = SCHEMA.get(name, (lambda _: True, ''))
+        if not good(x): raise ValueError(f"{where}: {name}={x!r:.60} must be {want}")
+        found[name] = _checked(x, where) if SCHEMA.get(name) is _OBJECT else x
+    return found
+
 # %% ../nbs/05_pretrained.ipynb #f65801fb
 def _json(path):
     "A JSON object, or an empty dict where there is no file"
@@ -585,7 +616,8 @@ def _json(path):
 
 def _facts(folder, file=''):
     "What `config.json` and `preprocessor_config.json` in `folder`, or for open_clip's `file` its own, say"
-    c, p, clip = (_json(folder/f'{name}.json') for name in ('config', 'preprocessor_config', 'open_clip_config'))
+    files = [folder/f'{name}.json' for name in ('config', 'preprocessor_config', 'open_clip_config')]
+    c, p, clip = (_checked(_json(path), path) for path in files)
     try:
         if clip and (file.startswith('open_clip') or not c): return _open_clip_facts(clip)
         if 'pretrained_cfg' in c and c.get('model_type') == 'timm_wrapper' or 'architecture' in c: return _timm_facts(c)
