@@ -1,7 +1,7 @@
 """Runs, checkpoints and commands under bad conditions: each fault of its kind with its value, and two neighbours."""
-import errno, os, shutil, signal, stat, subprocess, sys
+import errno, json, os, shutil, signal, stat, subprocess, sys
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vit_nbdev import runs
-from vit_nbdev.cli import plain_errors, vit_explain, vit_train
+from vit_nbdev.cli import plain_errors, vit_explain, vit_predict, vit_train
 from vit_nbdev.data import digits_dls
 from vit_nbdev.learner import save_atomic
 from vit_nbdev.preprocessing import Preprocessing
@@ -329,3 +329,77 @@ def test_the_library_is_imported_in_silence():
     done = subprocess.run([sys.executable, '-W', 'error::FutureWarning', '-c', 'import vit_nbdev.runs'],
                           capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, '')
+
+# --- a checkpoint that is not what it says (38, 39, 40) ---
+
+def facts(**changes): return lambda state: state | dict(facts=state['facts'] | changes)
+
+def nan(state):
+    return state | dict(model={k: v*float('nan') if k == 'head.bias' else v for k, v in state['model'].items()})
+
+CHECKPOINTS = {
+    'a billion blocks': (facts(changes=dict(depth=10**9)),
+                         'holds another model: it has 4 blocks, the configuration 1000000000'),
+    'millions of registers': (facts(changes=dict(n_registers=2*10**7)), 'holds another model: names or shapes differ'),
+    'another width': (facts(changes=dict(dim=128)), 'holds another model: names or shapes differ'),
+    'no facts': (lambda s: s | dict(facts=None), 'damaged: facts is NoneType, expected dict'),
+    'a text for epochs': (facts(epochs='x'), "its settings are no run's .epochs is 'x', expected int"),
+    'an unknown recipe': (facts(recipe='x'), "its settings are no run's .there is no recipe 'x'"),
+    'an unknown model': (facts(model='x'), "its settings are no run's .there is no model called 'x'"),
+    'an odd augmentation': (facts(augment=dict(x=1)), "its settings are no run's .*unexpected keyword argument 'x'"),
+    'an epoch too many': (lambda s: s | dict(epoch=3), 'damaged: epoch is 3, n_epoch 2'),
+    'no epoch': (lambda s: s | dict(epoch=0), 'damaged: epoch is 0, n_epoch 2'),
+    'not a number': (nan, "damaged: model can't be used .ValueError: head.bias is not finite"),
+    'no weights': (lambda s: s | dict(model={}), 'holds another model: it has 0 blocks'),
+    'other numbers for weights': (lambda s: s | dict(model=dict.fromkeys(s['model'], 3)), 'holds another model'),
+    'no random numbers': (lambda s: s | dict(random=[{}]), "damaged: random can't be used .KeyError"),
+    'lost averages': (lambda s: s | dict(opt=s['opt'][:-1]), "damaged: opt can't be used"),
+    'another list': (lambda s: [s], 'is no checkpoint of vit_nbdev'),
+}
+
+@pytest.fixture(scope='module')
+def died(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m: return unfinished(tmp_path_factory.mktemp('died')/'run', m)
+
+@pytest.mark.parametrize('name', CHECKPOINTS)
+def test_nothing_that_was_given_is_deleted(name, died, tmp_path):
+    "An odd checkpoint is one sentence with its file, and it is still there afterwards"
+    change, sentence = CHECKPOINTS[name]
+    part = shutil.copytree(died, tmp_path/'run.part')
+    torch.save(change(torch.load(part/'checkpoint.pt')), part/'checkpoint.pt')
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=sentence) as e: vit_train.__wrapped__(resume=str(tmp_path/'run'), device='cpu')
+    assert str(part/'checkpoint.pt') in str(e.value) and '\n' not in str(e.value) and contents(tmp_path) == before
+
+def test_a_resumed_run_that_diverges_is_kept(died, tmp_path, monkeypatch):
+    part = shutil.copytree(died, tmp_path/'run.part')
+    def diverge(*_, **__): raise runs.Diverged('no longer a finite number')
+    monkeypatch.setattr(runs, '_fit', diverge)
+    before = contents(part)
+    with pytest.raises(runs.Diverged): train(resume=tmp_path/'run', device='cpu')
+    assert contents(part) == before
+
+# --- names in any script (19) ---
+
+def test_names_that_are_no_utf8(run, tmp_path, monkeypatch, capsys):
+    "A file and a class whose names are bytes that mean nothing: escaped, and nothing is lost"
+    name = os.fsdecode(b'\xff\xfe.png')
+    shutil.copy(run.parent/'a.png', tmp_path/name)
+    vit_predict.__wrapped__(str(run), [str(tmp_path/name)], json=True, device='cpu')
+    assert json.loads(capsys.readouterr().out)[0]['file'] == str(tmp_path/name)
+    page = explain(run, tmp_path/name, tmp_path/'page.html', device='cpu')
+    assert 'udcff' in page.read_text(encoding='utf-8')
+    odd = os.fsdecode(b'\xff')
+    folder = train(str(pictures(tmp_path/'p', **{odd: 60, 'b': 190})), epochs=1, out=tmp_path/'run', **FOLDER)
+    assert odd in load_model(folder)[0].preprocessing.labels
+    assert {p.name for p in folder.iterdir()} >= {'report.html', 'predictions.png', 'samples', 'model.safetensors'}
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8'])
+def test_what_is_said_in_any_encoding(encoding, monkeypatch):
+    "A plus-minus sign, Chinese letters and a lone surrogate: no error, at most an escape"
+    stream = TextIOWrapper(BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, 'stdout', stream)
+    with plain_errors('vit_train'): print('98.61 \u00b1 0.56 % \u6c49 \udcff')
+    said = stream.buffer.getvalue().decode(encoding)
+    assert said.startswith('98.61 ') and said.endswith('\\udcff' + os.linesep)
+    assert ('\u00b1' in said) == (encoding != 'ascii') and ('\u6c49' in said) == (encoding == 'utf-8')

@@ -100,7 +100,8 @@ def check(folders, name, file, at, value):
         if value is None or not at or "don't tell the number of heads" in said: return None    # as if it were not there
         words = [*at, *(value if isinstance(value, (dict, str)) and value else [repr(value)])]
         if not any(str(word) in said for word in words): return f'no field: {said}'
-        return None if file in said or 'model.safetensors' in said or repr(value) in said else f'no file: {said}'
+        found = file in said or 'model.safetensors' in said or repr(value) in said or isinstance(value, dict)
+        return None if found else f'no file: {said}'
     except Exception as e: return f'{type(e).__name__}: {e}'
     else:
         if 'error' in result: return f"the image is blamed: {result['error']}"
