@@ -91,6 +91,7 @@ def with_glyphs(
 
 def plain(label: str, longest: int = 24) -> str:
     "A class name as it can be drawn: no dollar sign starts a formula, and a very long name is cut"
+    label = label.encode('utf-8', 'backslashreplace').decode()      # a file system may give bytes that are no text
     short = label if len(label) <= longest else label[:longest - 1] + '…'
     return short.replace('$', r'\$')
 
@@ -303,4 +304,4 @@ def write_report(
     page = fill_page('report.html', title=f"{config['settings']['model']} on {config['settings']['data']}",
                      headline=headline, summary=summary, pictures=pictures, classes=_class_table(results),
                      settings=_settings_table(config))
-    (folder/'report.html').write_text(page, encoding='utf-8')
+    (folder/'report.html').write_text(page, encoding='utf-8', errors='backslashreplace')
