@@ -56,6 +56,10 @@ class Preprocessing:
         "The pixels of an image, or of a file, as the model expects them, before they are normalised"
         return _window(self, _in_channels(self, image))
 
+    def in_channels(self, image: str|Path|Image.Image|np.ndarray) -> Image.Image:  # of the size that it has
+        "An image with 8 bits in `in_chans` channels"
+        return _in_channels(self, image)
+
     def normalise(self, x: Tensor) -> Tensor:  # pixels `(... in_chans h w)`, 0 to 255 -> floats of the same shape
         "What the model computes with"
         mean, std = _statistics(self, x)
@@ -196,6 +200,7 @@ def is_special(path: str|Path) -> bool:
 
 def open_image(
     file: str|Path,    # any format that pillow reads
+    opened=None,       # called with the image before it is decoded, perhaps to have less of it decoded (`draft`)
 ) -> Image.Image:      # decoded, and upright
     "Open an image file; a `ValueError` or `FileNotFoundError` names the file and says what to do"
     path = Path(file)
@@ -205,6 +210,7 @@ def open_image(
     if not path.stat().st_size: raise ValueError(f"{file} is empty: replace it or take it away")
     try:
         with Image.open(path) as im:
+            if opened: opened(im)
             upright = ImageOps.exif_transpose(im)
             upright.format, upright.filename = im.format, str(file)
             return upright
