@@ -73,7 +73,7 @@ def _heard_once():
 def vit_train(
     data:str=None,        # digits, mnist, fashion_mnist, cifar10, or a folder with a folder per class (default: digits)
     path:str=None,        # folder in which the data set is kept (default: $VIT_NBDEV_DATA, else fastai's data folder)
-    recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10 or folder (default: named like the data)
+    recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, finetune, probe (default: the data's)
     model:str=None,       # size of the model: digits, mnist, cifar, Ti/16, S/16, B/16, ... (default: the recipe's)
     epochs:int=None,      # how often each training image is seen (default: the recipe's)
     bs:int=None,          # images in a batch, over all processes (default: the recipe's)
@@ -88,6 +88,13 @@ def vit_train(
     resize:str=None,      # pictures of a folder: crop (cut out the middle, the default), squash, or pad (add a border)
     value_range:str=None, # black,white in the files of a folder, such as 0,4095 (default: what 8 and 16 bits mean)
     skip_bad:store_true=False, # go on without the pictures of a folder that can't be read
+    pretrained:str=None,  # fine-tune these weights on a folder: a name on the hub, a folder, a file, a run folder
+    freeze:store_true=False, # with --pretrained: train only the head (default: all, with the recipe finetune)
+    layer_decay:float=None, # a block's learning rate as a fraction of that of the block above (default: the recipe's)
+    wd:float=None,        # weight decay (default: the recipe's)
+    mixup:float=None,     # alpha of mixup (default: the recipe's)
+    stream:store_true=False, # read a folder's pictures as needed, in random crops (default: if memory is short)
+    workers:int=None,     # processes that read them, which implies --stream (default: one a core, 8 at most)
     out:str=None,         # the run folder (default: runs/<recipe>, numbered if taken)
     force:store_true=False, # replace the run folder if it exists
     resume:str=None,      # go on with this run, which was interrupted
@@ -97,7 +104,9 @@ def vit_train(
         from vit_nbdev.runs import train
         train(data, path=path, recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr, seed=seed, device=device,
               img_size=img_size, precision=precision, compile=compile, out=out, force=force, resume=resume,
-              flip=flip, class_weights=class_weights, resize=resize, value_range=value_range, skip_bad=skip_bad)
+              flip=flip, class_weights=class_weights, resize=resize, value_range=value_range, skip_bad=skip_bad,
+              pretrained=pretrained, freeze=freeze, layer_decay=layer_decay, wd=wd, mixup=mixup, stream=stream,
+              workers=workers)
 
 # %% ../nbs/10_cli.ipynb #cli00011
 def _one_or_more(help):

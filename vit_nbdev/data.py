@@ -88,6 +88,7 @@ class ImageTensors:
         known = set(prints(other.x))
         return sum(p in known for p in prints(self.x))
 
+# %% ../nbs/03_data.ipynb #0d4b097c
 def _check_images(x, y, vocab):
     "Refuse images and labels that don't belong together"
     if x.dtype != torch.uint8 or x.dim() != 4:
@@ -636,6 +637,7 @@ def _stream(n, prep, stream):
 
 BUDGET = 0.25    # the part of the free memory that images may take before they are streamed
 
+# %% ../nbs/03_data.ipynb #f9fd0fd9
 def _check_memory(n, prep, hint):
     "Refuse more images than fit"
     (h, w), (need, free) = prep.img_size, _memory(n, prep)
@@ -697,7 +699,7 @@ def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, 
         sizes = np.concatenate([dl.dataset.x.sizes() for dl in dls.loaders])
     else:
         if streaming: raise ValueError(f"{some(streaming)} is for pictures that are streamed: say stream=True")
-        _check_memory(n, prep, 'read them as they are needed (stream=True)')
+        _check_memory(n, prep, 'read them as they are needed (--stream, stream=True)')
         pictures = _pixels(found, prep, skip_bad, left_out)
         vocab = vocab_of(found)     # after what could not be read was taken out
         data = {split: (pictures[split].x, _targets(labels, vocab)) for split, (_, labels) in found.items()}

@@ -290,12 +290,17 @@ class Recipe:
     erase: float = 0.            # fraction of the images in which `RandomErase` hides a rectangle
     rand_augment: int = 0        # magnitude of `RandAugment`, 1 to 30; 0: none
     class_weights: bool = False  # does each class count the same in the loss, however many images it has?
+    pretrained: str = ''         # published weights in place of `model`: a source of `load_pretrained`
+    freeze: bool = False         # train the last norm and the head, and leave the rest as it is
+    layer_decay: float = 0.      # as in `vit_learner`; 0: none
     measured: str = ''           # test accuracy in %, mean and standard deviation of the seeds, time and device
 
     def transforms(self) -> list:  # for the `augment` of a data set's loaders
         erase = [RandomErase(self.erase)] if self.erase else []
         rand_augment = [RandAugment(self.rand_augment)] if self.rand_augment else []
-        return [small_affine(**self.augment), *erase, *rand_augment]
+        moves = [self.augment.get(name, 1) for name in ('max_rotate', 'max_zoom', 'max_shift')]
+        moves += [self.augment.get(name) for name in ('elastic', 'flip')]
+        return [*([small_affine(**self.augment)] if any(moves) else []), *erase, *rand_augment]
 
     def callbacks(self) -> list:   # for the `cbs` of a learner
         parts = {EMA: self.ema, MixUp: self.mixup, GradientClip: self.clip}
@@ -305,14 +310,18 @@ class Recipe:
         return vit_config(self.model, **_images(dls) | self.changes)
 
     def learner(self, dls: DataLoaders, cbs=(), **kwargs) -> ViTLearner:  # other arguments as for `vit_learner`
-        model = ViT(self.config(dls))
+        model = None if self.pretrained else ViT(self.config(dls))
         if self.class_weights: kwargs = dict(loss_func=weighted_loss(dls, self.label_smoothing)) | kwargs
-        return vit_learner(dls, model, lr=self.lr, wd=self.wd, label_smoothing=self.label_smoothing,
-                           cbs=[*self.callbacks(), *cbs], **kwargs)
+        learn = vit_learner(dls, model, lr=self.lr, wd=self.wd, label_smoothing=self.label_smoothing,
+                            layer_decay=self.layer_decay or None, pretrained=self.pretrained or None,
+                            cbs=[*self.callbacks(), *cbs], **kwargs)
+        if self.freeze: learn.freeze()
+        return learn
 
 # %% ../nbs/04_learner.ipynb #rec00001
 _CONV = dict(stem='conv', patch_size=8, dim=96, depth=3, mlp_ratio=2)   # our best for MNIST below 300,000 parameters
 _STILL = dict(flip=True, max_rotate=0., max_zoom=0., max_shift=0.)       # mirrored, and nothing else
+_WHOLE = dict(max_rotate=0., max_zoom=0., max_shift=0.)                   # as it was read
 _SHIFTED = _STILL | dict(max_shift=0.05, pad_mode='reflection')
 RECIPES = {
     'digits':        Recipe('digits',        'digits', epochs=100, bs=64,
@@ -328,6 +337,8 @@ RECIPES = {
                             measured='72.93 ± 0.86 % (3 seeds; JPEG images), 18 min on one CPU core'),
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3,
                             augment=dict(pad_mode='reflection')),
+    'finetune':      Recipe('folder',        'S/16',   epochs=10,  bs=32,  lr=3e-4, layer_decay=0.75, augment=_WHOLE),
+    'probe':         Recipe('folder',        'S/16',   epochs=20,  bs=32,  lr=1e-2, freeze=True, augment=_WHOLE),
 }
 
 # %% ../nbs/04_learner.ipynb #57ff9c6a

@@ -8,7 +8,7 @@ __all__ = ['LOADERS', 'get_device', 'check_positive', 'Diverged', 'EpochLines', 
            'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
-import hashlib, json, os, platform, shutil, signal, sys, tempfile, threading, time
+import hashlib, io, json, os, platform, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
@@ -38,6 +38,7 @@ from . import __version__
 from .interpret import explore
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
 from .preprocessing import Preprocessing
+from .pretrained import load_pretrained
 from .report import balanced_accuracy, class_results, draw_pictures, percent, why_not, write_report
 from .vit import ViT, ViTConfig, vit_config
 
@@ -92,7 +93,8 @@ def _choose_recipe(data, path, recipe):
     if recipe is not None and recipe not in RECIPES:
         near = get_close_matches(recipe, RECIPES, n=2, cutoff=0.4) or list(RECIPES)
         raise ValueError(f"there is no recipe {recipe!r}; the nearest: {', '.join(near)}")
-    if data is None and recipe == 'folder': raise ValueError("the recipe 'folder' needs --data with a folder of images")
+    if data is None and recipe and RECIPES[recipe].data == 'folder':
+        raise ValueError(f"the recipe {recipe!r} needs --data with a folder of images")
     if data is None and recipe is None: data = 'digits'
     elif data is not None: data, path = _data_name(data, path)
     name = recipe or data
@@ -105,11 +107,15 @@ def _choose_recipe(data, path, recipe):
 
 # %% ../nbs/09_runs.ipynb #run00007
 def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precision, compile, flip, class_weights,
-              **read):
+              pretrained, freeze, layer_decay, wd, mixup, **read):
     "All that defines a run, checked, as words and numbers: the recipe with what was changed in it, and the rest"
+    recipe = _finetuned(data, recipe, model, pretrained, freeze)
     name, path = _choose_recipe(data, path, recipe)
-    changed = {k: v for k, v in dict(model=model, epochs=epochs, bs=bs, lr=lr).items() if v is not None}
+    changed = dict(model=model, epochs=epochs, bs=bs, lr=lr, pretrained=pretrained, freeze=freeze,
+                   layer_decay=layer_decay, wd=wd, mixup=mixup)
+    changed = {k: v for k, v in changed.items() if v is not None}
     if model is not None: changed['changes'] = {}     # they belong to the recipe's own model
+    if pretrained: changed['model'] = Path(pretrained).name
     if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
     if class_weights: changed['class_weights'] = True
     r = replace(RECIPES[name], **changed)
@@ -118,13 +124,28 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     for option, value in read.items():
         if value is not None and r.data != 'folder':
             raise ValueError(f"--{option} is for a folder of images, not for {r.data}: leave it out")
-    if img_size is None: img_size = vit_config(r.model, **r.changes).img_size
+    if img_size is None: img_size = 0 if pretrained else vit_config(r.model, **r.changes).img_size   # 0: the weights'
     known = {k: v for k, v in asdict(r).items() if k != 'measured'}
     settings = dict(recipe=name, path=None if path is None else str(path), seed=seed or 0, img_size=img_size,
                     precision=precision or 'fp32', compile=bool(compile), flip=bool(r.augment.get('flip')),
                     **known, **read)
     _check_settings(settings)
     return settings
+
+def _finetuned(data, recipe, model, pretrained, freeze):
+    "The recipe that published weights ask for where none is named; ValueError if the words contradict each other"
+    if not pretrained:
+        if freeze or recipe == 'probe':
+            what = '--freeze' if freeze else "the recipe 'probe'"
+            raise ValueError(f"{what} trains the head alone, upon trained weights: name them with --pretrained")
+        if recipe == 'finetune':
+            raise ValueError("the recipe 'finetune' needs trained weights: name them with --pretrained")
+        return recipe
+    if data is None or data in LOADERS:
+        what = data or 'the digits'
+        raise ValueError(f"--pretrained is for a folder of images, not for {what}: give one with --data")
+    if model is not None: raise ValueError("--pretrained brings its own model: leave out --model")
+    return recipe or ('probe' if freeze else 'finetune')
 
 # %% ../nbs/09_runs.ipynb #84fb5154
 _KINDS = {f.name: f.type for f in fields(Recipe) if f.name != 'measured'}
@@ -139,9 +160,11 @@ def _check_settings(s):
     check_positive(epochs=s['epochs'], bs=s['bs'], lr=s['lr'])
     if not 0 <= s['seed'] < 2**32: raise ValueError(f"seed is {s['seed']}, but must be from 0 to {2**32 - 1}")
     if s['recipe'] not in RECIPES: raise ValueError(f"there is no recipe {s['recipe']!r}")
-    vit_config(s['model'], **{'img_size': s['img_size']} | s['changes'])          # complains if they don't fit
+    if not s['pretrained']: vit_config(s['model'], **{'img_size': s['img_size']} | s['changes'])  # complains if wrong
     how = {k: s[k] for k in ('resize', 'value_range') if s.get(k) is not None}
-    Preprocessing(s['img_size'], [0.5], [0.5], in_chans=1, **how)                 # likewise
+    Preprocessing(s['img_size'] or 224, [0.5], [0.5], in_chans=1, **how)          # likewise
+    if not 0 <= s['layer_decay'] <= 1: raise ValueError(f"layer_decay is {s['layer_decay']}, but must be from 0 to 1")
+    if s['wd'] < 0 or s['mixup'] < 0: raise ValueError(f"wd ({s['wd']}) and mixup ({s['mixup']}) can't be below zero")
     if s['precision'] not in ('fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16 or fp16")
     r = _recipe(s)
@@ -156,9 +179,25 @@ def _loaders(settings, device):
     kwargs = dict(bs=r.bs, device=device, augment=r.transforms())
     if r.data == 'digits': return r, digits_dls(**kwargs)
     if r.data != 'folder': return r, LOADERS[r.data](settings['path'], **kwargs)
+    how = {k: settings[k] for k in ('skip_bad', 'stream', 'workers') if settings.get(k) is not None}
+    if r.pretrained: return r, folder_dls(settings['path'], preprocessing=_as_weights_need(settings), **how, **kwargs)
     in_chans = vit_config(r.model).in_chans
-    how = {name: settings[name] for name in ('resize', 'value_range', 'skip_bad') if settings.get(name)}
+    how |= {k: settings[k] for k in ('resize', 'value_range') if settings.get(k)}
     return r, folder_dls(settings['path'], img_size=settings['img_size'], in_chans=in_chans, **how, **kwargs)
+
+def _as_weights_need(settings):
+    "How images are prepared for published weights, but for what was asked for otherwise"
+    size = dict(img_size=settings['img_size']) if settings['img_size'] else {}
+    with redirect_stdout(io.StringIO()):      # what it says is said once more when the learner is built
+        prep = load_pretrained(settings['pretrained'], **size).preprocessing
+    if settings.get('resize'): prep = replace(prep, resize=settings['resize'], resize_size=None, crop_pct=1.)
+    if settings.get('value_range'): prep = replace(prep, value_range=settings['value_range'])
+    return prep
+
+def _where(pretrained):
+    "The name of weights; of a file or folder the whole path, so that a run can be resumed from anywhere"
+    if pretrained is None or not Path(pretrained).exists(): return pretrained
+    return os.path.abspath(pretrained)
 
 def _two_numbers(text):
     "Black and white of `--value_range`"
@@ -170,7 +209,7 @@ def _two_numbers(text):
 def _fingerprint(dls):
     "A number that changes with any pixel or label"
     h = hashlib.sha256()
-    for t in [t for dl in dls for t in (dl.dataset.x, dl.dataset.y)]: h.update(t.contiguous().numpy())
+    for dl in dls: h.update(dl.dataset.digest())
     return h.hexdigest()[:16]
 
 # %% ../nbs/09_runs.ipynb #c25cd56d
@@ -338,7 +377,7 @@ def _join_processes(device):
 def _fit(learn, recipe, sync_bn):
     "Train, in all processes; gives the seconds, those before an interruption included"
     if num_distrib() > 1: torch.distributed.barrier()       # the first process has made the folder
-    with learn.distrib_ctx(sync_bn=sync_bn): learn.fit_one_cycle(recipe.epochs, recipe.lr)
+    with learn.distrib_ctx(sync_bn=sync_bn): learn.fit_one_cycle(recipe.epochs)     # the learner has the rates
     done = len(learn.recorder.values)
     if done < recipe.epochs:   # TerminateOnNaNCallback has ended it
         step = len(learn.recorder.losses) + 1
@@ -506,7 +545,7 @@ def _finish(learn, test, preprocessing, part, facts, say):
                n_test=len(targets), balanced_accuracy=balanced, class_results=results)
     model, config = load_model(part)
     failed = draw_pictures(part, model.to(test.device), learn.recorder.values, test.dataset.x, targets, probs,
-                           preprocessing)
+                           preprocessing, training=getattr(learn.dls.train, 'dl', learn.dls.train).one_batch)
     try: write_report(part, config)
     except Exception as e: failed['report'] = why_not(e, part/'report.html')
     for name, why in failed.items(): say(f"{name} could not be drawn and is left out ({' '.join(why.split())[:200]})")
@@ -526,7 +565,9 @@ def _describe(say, s, r, dls, learn, device):
     for line in fact_lines(dls.facts): say(f"        {line}")
     say(f"model   {r.model}: {h} x {w} pixels, {c.n_patches} patches of {c.patch_size} x {c.patch_size}{stem}, "
         f"dim {c.dim}, depth {c.depth}, {c.n_heads} heads, {parameters:,} parameters")
-    say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}, seed {s['seed']}")
+    less = f', layer decay {r.layer_decay}'*bool(r.layer_decay) + ', the head alone'*r.freeze
+    say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}{less}, "
+        f"seed {s['seed']}")
     say(f"device  {device}{threads}{processes}")
     known = RECIPES[s['recipe']]
     if known.measured and r == replace(known, measured=''): say(f"expect  {known.measured}")
@@ -540,7 +581,7 @@ def _prepare(s, device, part):
         raise ValueError(f"the images are not those that {part} was begun with: "
                          "give it the same data, or start another run")
     if s['path'] is not None: s['path'] = os.path.abspath(s['path'])     # to be resumed from anywhere
-    if (part/'checkpoint.pt').is_file(): _check_weights(part/'checkpoint.pt', r, dls)
+    if (part/'checkpoint.pt').is_file() and not r.pretrained: _check_weights(part/'checkpoint.pt', r, dls)
     test, watched = dls[2], sys.stdout.isatty() or in_notebook()      # the first process tests all images, undealt
     cbs = [TerminateOnNaNCallback(), MetricsFile(part/'metrics.csv'), Checkpoint(part/'checkpoint.pt', s)]
     learn = r.learner(deal(dls), path=part, cbs=cbs if watched else [*cbs, EpochLines()])
@@ -572,6 +613,13 @@ def train(
     resize: str|None = None,     # of a folder's pictures: 'crop' (default) the middle, 'squash', or 'pad' with a border
     value_range: str|tuple|None = None,  # black and white in a folder's files, if they are not those of 8 or 16 bits
     skip_bad: bool|None = None,  # go on without the pictures of a folder that can't be read
+    pretrained: str|Path|None = None,  # fine-tune these weights (`load_pretrained`) on a folder of images
+    freeze: bool|None = None,    # train only the head on top of them
+    layer_decay: float|None = None,  # a block's learning rate as a fraction of that of the block above; 0: none
+    wd: float|None = None,       # weight decay; default as in the recipe
+    mixup: float|None = None,    # alpha of mixup; default as in the recipe
+    stream: bool|None = None,    # read a folder's pictures as they are needed; default: if memory is short
+    workers: int|None = None,    # processes that read them
     out: str|Path|None = None,   # the run folder; default `runs/<recipe>`, numbered
     force: bool = False,         # replace `out` if it is a run
     resume: str|Path|None = None,  # go on with this run, which was interrupted; all settings are its own
@@ -580,7 +628,8 @@ def train(
     given = dict(data=data, path=None if path is None else str(path), recipe=recipe, model=model, epochs=epochs, bs=bs,
                  lr=lr, seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
                  class_weights=class_weights or None, resize=resize, value_range=_two_numbers(value_range),
-                 skip_bad=skip_bad or None)
+                 skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze or None,
+                 layer_decay=layer_decay, wd=wd, mixup=mixup, stream=stream or None, workers=workers)
     for name, value in {**given, 'device': device, 'out': out, 'resume': resume}.items():
         if value is not None and str(value) == '': raise ValueError(f"{name} is empty: leave it out, or say which")
     device = get_device(device)

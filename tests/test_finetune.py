@@ -1,0 +1,134 @@
+"""Fine-tuning from the command line: published weights, what is trained and how fast, streaming, what is refused."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_nbdev.cli import vit_train
+from vit_nbdev.learner import RECIPES
+from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.runs import load_model, predict, save_model
+from vit_nbdev.vit import vit
+
+QUICK = dict(epochs=2, bs=8, device='cpu')
+PREP = Preprocessing((16, 16), [0.3]*3, [0.6]*3, crop_pct=0.8, interpolation='bicubic', labels=('x', 'y', 'z'))
+
+@pytest.fixture
+def weights(tmp_path):
+    "A run folder, whose model knows three other classes"
+    torch.manual_seed(0)
+    model = vit('digits', img_size=16, in_chans=3, n_classes=3, patch_size=4)
+    save_model(model, tmp_path/'trained', PREP)
+    return tmp_path/'trained'
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Two classes, dark and light, 60 x 40 pixels"
+    for c, name in enumerate(('dark', 'light')):
+        (tmp_path/'pictures'/name).mkdir(parents=True)
+        for i in range(16):
+            pixels = np.random.default_rng(100*c + i).integers(100, size=(40, 60, 3)) + 150*c
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path/'pictures'/name/f'{i}.jpg')
+    return tmp_path/'pictures'
+
+def trained(pictures, **kwargs):
+    out = pictures.parent/'out'
+    vit_train.__wrapped__(str(pictures), out=str(out), **QUICK | kwargs)
+    model, config = load_model(out)
+    return model.state_dict(), config
+
+def test_finetune_trains_all_of_it(weights, pictures, capsys):
+    before = load_model(weights)[0].state_dict()
+    after, config = trained(pictures, pretrained=str(weights))
+    s, out = config['settings'], capsys.readouterr().out
+    assert (s['recipe'], s['model'], s['pretrained']) == ('finetune', 'trained', str(weights))
+    assert s['layer_decay'] == RECIPES['finetune'].layer_decay and f"layer decay {s['layer_decay']}, seed 0" in out
+    assert all((before[k] != after[k]).any() for k in before if k.endswith('weight') and 'head' not in k)
+    assert after['head.weight'].shape == (2, before['head.weight'].shape[1])
+    prep = config['preprocessing']
+    assert (prep['crop_pct'], prep['interpolation'], prep['mean']) == (0.8, 'bicubic', [0.3]*3)
+    assert prep['labels'] == ['dark', 'light'] and (pictures.parent/'out'/'augmented.png').is_file()
+    assert predict(pictures.parent/'out', pictures/'dark'/'0.jpg')[0]['class'] in prep['labels']
+    assert str(weights) in (pictures.parent/'out'/'report.html').read_text()
+
+def test_freeze_trains_the_head_alone(weights, pictures, capsys):
+    before = load_model(weights)[0].state_dict()
+    after, config = trained(pictures, pretrained=str(weights), freeze=True, lr=0.03, epochs=6)
+    assert config['settings']['recipe'] == 'probe' and ', the head alone, ' in capsys.readouterr().out
+    moved = {k for k in after if after[k].shape != before[k].shape or (after[k] != before[k]).any()}
+    assert moved == {'encoder.norm.weight', 'encoder.norm.bias', 'head.weight', 'head.bias'}
+
+def test_layer_decay_reaches_the_optimizer(weights, pictures, monkeypatch):
+    from vit_nbdev import runs
+    seen, fit = [], runs._fit
+    def watch(learn, r, sync_bn):
+        seconds = fit(learn, r, sync_bn)
+        seen.append([h['lr'] for h in learn.opt.hypers] + [h['wd'] for h in learn.opt.hypers][:1])
+        return seconds
+    monkeypatch.setattr(runs, '_fit', watch)
+    trained(pictures, pretrained=str(weights), layer_decay=0.5, wd=0.25, lr=1e-3)
+    *lrs, wd = seen[0]
+    assert wd == 0.25 and np.allclose(np.array(lrs[:-1])/np.array(lrs[1:]), 0.5)
+    assert len(lrs) == load_model(weights)[0].config.depth + 2
+
+def test_a_size_and_a_way_of_resizing_of_ones_own(weights, pictures):
+    _, config = trained(pictures, pretrained=str(weights), img_size=32, resize='squash')
+    prep = config['preprocessing']
+    assert (prep['img_size'], prep['resize'], prep['crop_pct'], prep['mean']) == ([32, 32], 'squash', 1., [0.3]*3)
+
+def test_streamed_training_from_scratch(pictures, capsys):
+    _, config = trained(pictures, model='digits', img_size=16, stream=True, workers=0, mixup=0.2, flip=True)
+    s = config['settings']
+    assert (s['stream'], s['workers'], s['mixup'], s['recipe']) == (True, 0, 0.2, 'folder')
+    assert config['data']['stream'] in capsys.readouterr().out
+    assert len(list((pictures.parent/'out'/'samples').iterdir())) == config['n_test'] == 5
+    assert (pictures.parent/'out'/'predictions.png').is_file() and (pictures.parent/'out'/'augmented.png').is_file()
+
+def test_a_file_that_turns_bad_in_training_is_named(pictures, capsys):
+    file = pictures/'dark'/'3.jpg'
+    file.write_bytes(file.read_bytes()[:-600])
+    with pytest.raises(SystemExit, match=f"^vit_train: {file} can't be read as an image: replace it or take it away$"):
+        trained(pictures, model='digits', img_size=16, workers=1)
+    _, config = trained(pictures, model='digits', img_size=16, workers=1, skip_bad=True)
+    assert config['data']['left_out'] == {"can't be read as an image": 1}
+
+BAD = {
+    'freeze': (dict(freeze=True), '--freeze trains the head alone, upon trained weights: name them with --pretrained'),
+    'probe': (dict(recipe='probe'), "the recipe 'probe' trains the head alone"),
+    'finetune': (dict(recipe='finetune'), "the recipe 'finetune' needs trained weights"),
+    'model': (dict(pretrained='trained', model='S/16'), '--pretrained brings its own model: leave out --model'),
+    'digits': (dict(pretrained='trained', data=None), 'is for a folder of images, not for the digits'),
+    'cifar10': (dict(pretrained='trained', data='cifar10'), 'is for a folder of images, not for cifar10'),
+    'no weights': (dict(pretrained='nowhere/x.pth'), 'nowhere/x.pth'),
+    'layer decay': (dict(pretrained='trained', layer_decay=1.5), 'layer_decay is 1.5, but must be from 0 to 1'),
+    'wd': (dict(wd=-1.), r'wd \(-1.0\)'),
+    'workers': (dict(workers=-1), 'workers is -1, but must be from 0 to 256'),
+    'stream': (dict(data='digits', stream=True), '--stream is for a folder of images, not for digits'),
+    'no data': (dict(recipe='finetune', data=None, pretrained=None), "the recipe 'finetune' needs trained weights"),
+}
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_words(name, weights, pictures, monkeypatch):
+    kwargs, sentence = BAD[name]
+    monkeypatch.chdir(pictures.parent)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    with pytest.raises(SystemExit, match=sentence): vit_train.__wrapped__(**{'data': 'pictures'} | QUICK | kwargs)
+    assert not Path('runs').exists() or not list(Path('runs').iterdir())
+
+def test_a_finetuned_run_is_resumed(weights, pictures, monkeypatch):
+    from vit_nbdev import runs
+    whole, _ = trained(pictures, pretrained=str(weights), workers=0)
+    part = pictures.parent/'again'
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(runs.EpochLines, 'before_epoch', stop, raising=False)
+    with pytest.raises(SystemExit):
+        vit_train.__wrapped__(str(pictures), out=str(part), **QUICK | dict(pretrained=str(weights), workers=0))
+    monkeypatch.undo()
+    vit_train.__wrapped__(resume=str(part), device='cpu')
+    resumed = load_model(part)[0].state_dict()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert json.loads((part/'config.json').read_text())['settings']['pretrained'] == str(weights)
