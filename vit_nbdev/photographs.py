@@ -20,7 +20,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.imports import Transform
 from fastai.torch_core import TensorImage
 from fastcore.foundation import L
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,7 +58,7 @@ def cropped(
     chosen = {}
     def draw(im):       # before it is decoded; a camera may have noted that it lies on its side
         w, h = im.size
-        if turned := im.getexif().get(0x0112, 1) >= 5: w, h = h, w
+        if im.getexif().get(0x0112, 1) >= 5: w, h = h, w
         box, chosen['flip'] = crop.draw(h, w, seed)
         chosen['box'] = np.array(box, dtype=float)/(w, h, w, h)
         ratio = min((box[2] - box[0])/prep.img_size[1], (box[3] - box[1])/prep.img_size[0])

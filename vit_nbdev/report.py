@@ -212,7 +212,7 @@ def plot_augmented(
     shown = (preprocessing.denormalise(x[:n].as_subclass(Tensor).float().cpu())*255).round()
     rows = math.ceil(len(shown)/8)
     fig = figure(figsize=(9, 1.3*rows + 0.3))
-    axes = fig.subplots(rows, 8, squeeze=False).flat
+    axes = fig.subplots(rows, 8, squeeze=False).ravel()
     for ax in axes: ax.axis('off')
     for ax, image, c in zip(axes, shown, y.tolist()):
         _show(ax, image.to(torch.uint8))
