@@ -117,7 +117,10 @@ class PictureFiles:
         "`n` indices, evenly spread over all"
         return np.linspace(0, len(self) - 1, min(n, len(self))).round().astype(int).tolist()
 
-    def sample(self, n: int = 512) -> Tensor: return self[self.spread(n)]
+    def sample(self, n: int = 512) -> Tensor:   # `(n c h w)`; fewer if they are large
+        "Pictures that are spread over all"
+        return self[self.spread(min(n, max(2**28//self.shape[1:].numel(), 1)))]
+
     def sizes(self, n: int = 1000) -> np.ndarray:   # height and width `(n 2)`
         "Of files that are spread over all: what their headers say"
         def size(i):
