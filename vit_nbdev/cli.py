@@ -73,7 +73,7 @@ def _heard_once():
 def vit_train(
     data:str=None,        # digits, mnist, fashion_mnist, cifar10, or a folder with a folder per class (default: digits)
     path:str=None,        # folder in which the data set is kept (default: $VIT_NBDEV_DATA, else fastai's data folder)
-    recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, finetune, probe (default: the data's)
+    recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, finetune or probe
     model:str=None,       # size of the model: digits, mnist, cifar, Ti/16, S/16, B/16, ... (default: the recipe's)
     epochs:int=None,      # how often each training image is seen (default: the recipe's)
     bs:int=None,          # images in a batch, over all processes (default: the recipe's)

@@ -670,6 +670,7 @@ def _leave_out(bad, left_out):
     for file, why in bad.items():
         left_out.setdefault(why.replace(str(file), '', 1).split(':')[0].strip(), []).append(file)
 
+# %% ../nbs/03_data.ipynb #96994069
 def _readable(found, prep, left_out):
     "Take files that can't be read out of `found`, by reading all of them once and keeping none"
     bad = {}

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from .data import ImageTensors, TensorDL, channel_stats, small_affine   # the first to import fastai: it does so in silence
+from .data import ImageTensors, TensorDL, channel_stats, small_affine   # first: it imports fastai in silence
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.imports import Transform
 from fastai.torch_core import TensorImage
+from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image
 from torch import Tensor
@@ -80,6 +81,7 @@ class BadPicture(ValueError):
     "A file that can't be used; the sentence survives its way out of a worker process, which wraps it in a traceback"
     def __init__(self, text): super().__init__(text.strip().splitlines()[-1].split('BadPicture: ')[-1])
 
+# %% ../nbs/03a_photographs.ipynb #61880a81
 class PictureFiles:
     "Image files in the place of a tensor `(n c h w)`, uint8: decoded when they are indexed, and then forgotten"
     dtype = torch.uint8
@@ -113,24 +115,28 @@ class PictureFiles:
         for place, k in enumerate(idxs): x[place] = self.read(k, crop, seed)
         return x
 
-    def spread(self, n: int) -> list[int]:
-        "`n` indices, evenly spread over all"
-        return np.linspace(0, len(self) - 1, min(n, len(self))).round().astype(int).tolist()
+# %% ../nbs/03a_photographs.ipynb #17de82d6
+@patch
+def spread(self: PictureFiles, n: int) -> list[int]:
+    "`n` indices, evenly spread over all"
+    return np.linspace(0, len(self) - 1, min(n, len(self))).round().astype(int).tolist()
 
-    def sample(self, n: int = 512) -> Tensor:   # `(n c h w)`; fewer if they are large
-        "Pictures that are spread over all"
-        return self[self.spread(min(n, max(2**28//self.shape[1:].numel(), 1)))]
+@patch
+def sample(self: PictureFiles, n: int = 512) -> Tensor:   # `(n c h w)`; fewer if they are large
+    "Pictures that are spread over all"
+    return self[self.spread(min(n, max(2**28//self.shape[1:].numel(), 1)))]
 
-    def sizes(self, n: int = 1000) -> np.ndarray:   # height and width `(n 2)`
-        "Of files that are spread over all: what their headers say"
-        def size(i):
-            with Image.open(self.file(i)) as im:
-                return im.size if im.getexif().get(0x0112, 1) >= 5 else im.size[::-1]
-        found = []
-        for i in self.spread(n):
-            try: found.append(size(i))
-            except Exception: self.read(i)     # says in a sentence what is wrong
-        return np.array(found)
+@patch
+def sizes(self: PictureFiles, n: int = 1000) -> np.ndarray:   # height and width `(n 2)`
+    "Of files that are spread over all: what their headers say"
+    def size(i):
+        with Image.open(self.file(i)) as im:
+            return im.size if im.getexif().get(0x0112, 1) >= 5 else im.size[::-1]
+    found = []
+    for i in self.spread(n):
+        try: found.append(size(i))
+        except Exception: self.read(i)     # says in a sentence what is wrong
+    return np.array(found)
 
 # %% ../nbs/03a_photographs.ipynb #28332b1d
 class StreamedImages(ImageTensors):

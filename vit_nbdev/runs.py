@@ -132,6 +132,7 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     _check_settings(settings)
     return settings
 
+# %% ../nbs/09_runs.ipynb #9da9cdad
 def _finetuned(data, recipe, model, pretrained, freeze):
     "The recipe that published weights ask for where none is named; ValueError if the words contradict each other"
     if not pretrained:
@@ -572,6 +573,7 @@ def _describe(say, s, r, dls, learn, device):
     known = RECIPES[s['recipe']]
     if known.measured and r == replace(known, measured=''): say(f"expect  {known.measured}")
 
+# %% ../nbs/09_runs.ipynb #8bc8830f
 def _prepare(s, device, part):
     "The recipe, the loaders, the test loader and the learner of a run with settings `s`"
     set_seed(s['seed'])   # before the loaders, which draw the order of the images from a generator of their own
