@@ -16,8 +16,8 @@ from vit_nbdev.runs import explain, load_model, predict, save_model, train
 
 ROOT = Path(__file__).parent.parent
 
-RUN_FILES = {'augmented.png', 'config.json', 'confusion.png', 'curves.png', 'metrics.csv', 'mistakes.png', 'model.safetensors',
-             'predictions.png', 'report.html', 'samples'}
+RUN_FILES = {'augmented.png', 'config.json', 'confusion.png', 'curves.png', 'metrics.csv',
+             'mistakes.png', 'model.safetensors', 'predictions.png', 'report.html', 'samples'}
 
 def command(name): return [str(Path(sys.executable).parent/name)]    # the program that pip installed
 
