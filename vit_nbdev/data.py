@@ -6,7 +6,7 @@
 __all__ = ['IMAGES', 'SPLITS', 'BUDGET', 'ImageTensors', 'TensorDL', 'shift_mat', 'Elastic', 'small_affine', 'RandomErase',
            'RandAugment', 'level_counts', 'channel_stats', 'tensor_dls', 'digits_dls', 'data_path', 'mnist_dls',
            'fashion_mnist_dls', 'cifar10_dls', 'find_images', 'find_splits', 'some', 'left_out_line', 'Pictures',
-           'read_pictures', 'read_images', 'folder_dls', 'describe', 'fact_lines']
+           'read_pictures', 'read_images', 'folder_dls', 'table_dls', 'describe', 'fact_lines']
 
 # %% ../nbs/03_data.ipynb #a5cd4a60
 import warnings
@@ -26,6 +26,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
@@ -750,6 +751,83 @@ def folder_dls(
     stats = preprocessing is None
     return _file_dls(found, lambda found: _vocab(path, found, left_out), prep, stats, source, left_out, skip_bad,
                      stream, streaming, bs=bs, augment=augment, device=device)
+
+# %% ../nbs/03_data.ipynb #0bf030e5
+# longer than 40 lines: half of them are the arguments, each with its comment
+def table_dls(
+    table,                                # a CSV file, or a DataFrame
+    path: str|Path = '.',                 # what the file names are relative to
+    name: str = 'name',                   # the column of file names
+    label: str = 'label',                 # the column of labels; stray spaces don't count
+    split: str|None = None,               # a column that says train, valid or test; else 15 % each are set apart
+    delim: str|None = None,               # between several labels of one image, such as ';'; None: one label
+    img_size: int|tuple[int, int] = 64,   # this and all that follows: as in `folder_dls`
+    in_chans: int = 3,
+    bs: int = 64,
+    augment: bool|Transform|list = True,
+    device=None,
+    seed: int = 42,
+    skip_bad: bool = False,
+    preprocessing: Preprocessing|None = None,
+    stream: bool|None = None,
+    **streaming,
+) -> DataLoaders:                         # with several labels, `y` is 0 and 1 for each class
+    "Images that a table names, in memory or streamed"
+    rows, where = _rows(table, [name, label, *([split] if split else [])])
+    files = [Path(path)/str(f).strip() for f in rows[name]]
+    if missing := [f for f in files if not f.is_file()]:
+        raise FileNotFoundError(f"{where}: {len(missing):,} of {len(files):,} files are not there: {some(missing)}")
+    labels = [str(c).strip() for c in rows[label]]
+    if delim: labels = [sorted({part.strip() for part in c.split(delim)} - {''}) for c in labels]
+    splits = [str(s).strip().lower() for s in rows[split]] if split else ['train']*len(files)
+    if unknown := set(splits) - set(SPLITS):
+        raise ValueError(f"{where}: the column {split!r} has {some(unknown)}, expected train, valid and test")
+    found = {}
+    for f, c, s in zip(files, labels, splits):
+        fs, cs = found.setdefault(SPLITS[s], ([], []))
+        fs.append(f)
+        cs.append(c)
+    def vocab_of(found): return _vocab(where, {s: (fs, _single(cs)) for s, (fs, cs) in found.items()}, {})
+    if len(names := set(_single(labels))) < 2:
+        raise ValueError(f"{where} has one class only ({some(names)}): two or more are expected")
+    vocab, prep = vocab_of(found), preprocessing or Preprocessing(img_size, [0.5]*in_chans, [0.5]*in_chans, in_chans)
+    found = _set_apart_several(found, seed) if delim else _set_apart(where, found, vocab, seed)
+    again = vocab_of if skip_bad else lambda found: vocab
+    return _file_dls(found, again, prep, preprocessing is None, {}, {}, skip_bad, stream, streaming, bs=bs,
+                     augment=augment, device=device)
+
+# %% ../nbs/03_data.ipynb #b67923c9
+def _rows(table, columns):
+    "A table whose `columns` are there and filled, and its name"
+    where = 'the table' if isinstance(table, pd.DataFrame) else str(table)
+    if not isinstance(table, pd.DataFrame):
+        if not Path(table).is_file(): raise FileNotFoundError(f"there is no table {table}")
+        try: table = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True)
+        except ValueError as e: raise ValueError(f"{where} can't be read as a CSV file: {_first_line(e)}") from e
+    table = table.rename(columns=lambda c: str(c).strip())
+    if unknown := [c for c in columns if c not in table]:
+        raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}")
+    if not len(table): raise ValueError(f"{where} holds no row")
+    for c in columns[:2]:
+        empty = [i + 1 for i, x in enumerate(table[c]) if pd.isna(x) or not str(x).strip()]
+        if empty: raise ValueError(f"{where}: the column {c!r} is empty in row {some(empty)} (the first is 1)")
+    names = table[columns[0]].astype(str).str.strip()
+    if (twice := names[names.duplicated()].tolist()): raise ValueError(f"{where} names {some(set(twice))} twice")
+    return table, where
+
+def _single(labels): return [c for several in labels for c in ([several] if isinstance(several, str) else several)]
+
+def _set_apart_several(found, seed):
+    "As `_set_apart`, where an image has several labels: at random"
+    rng = np.random.default_rng(seed)
+    n = max(round(0.15*len(found['train'][0])), 1)
+    for split in ('test', 'valid'):
+        if split in found: continue
+        order, pairs = rng.permutation(len(found['train'][0])), list(zip(*found['train']))
+        if len(order) < 3: raise ValueError(f"{len(order)} images are too few to set some apart for {split}")
+        for s, part in ((split, order[:n]), ('train', order[n:])):
+            found[s] = [pairs[i][0] for i in sorted(part)], [pairs[i][1] for i in sorted(part)]
+    return {split: found[split] for split in ('train', 'valid', 'test')}
 
 # %% ../nbs/03_data.ipynb #2b58581b
 def describe(

@@ -67,8 +67,9 @@ def cropped(
             im.draft(im.mode, (int(im.width/ratio), int(im.height/ratio)))
     im = prep.in_channels(open_image(file, opened=draw))
     left, top, right, bottom = (chosen['box']*(im.width, im.height, im.width, im.height)).round().astype(int).tolist()
+    im = im.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
     x = torch.from_numpy(np.array(im)).view(im.height, im.width, -1).permute(2, 0, 1)
-    x = _resize(x[None, :, top:max(bottom, top + 1), left:max(right, left + 1)], prep)[0]
+    x = _resize(x[None], prep)[0]
     return x.flip(-1) if chosen['flip'] else x
 
 def _resize(x, prep):

@@ -211,7 +211,8 @@ def open_image(
     try:
         with Image.open(path) as im:
             if opened: opened(im)
-            upright = ImageOps.exif_transpose(im)
+            im.load()
+            upright = ImageOps.exif_transpose(im) if im.getexif().get(0x0112, 1) != 1 else im    # it always copies
             upright.format, upright.filename = im.format, str(file)
             return upright
     except MemoryError: raise
@@ -237,7 +238,8 @@ def _in_channels(prep, image):
     if im.mode[0] in 'IF' or prep.value_range: im = _eight_bits(im, prep.value_range, name)
     elif 'A' in im.getbands() or 'transparency' in im.info:
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
-    try: return im.convert('L' if prep.in_chans == 1 else 'RGB')
+    mode = 'L' if prep.in_chans == 1 else 'RGB'
+    try: return im if im.mode == mode else im.convert(mode)
     except ValueError as e: raise ValueError(f"{name} has colours of the kind {im.mode}: convert it to RGB") from e
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0041
