@@ -43,10 +43,12 @@ class RandomCrop:
     def draw(self, h: int, w: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
         "Left, top, right and bottom in a picture of `h` x `w` pixels, and whether it is mirrored"
         from torchvision.transforms import RandomResizedCrop
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(seed)    # torch.manual_seed keeps a note of each call for the GPU
             y, x, ch, cw = RandomResizedCrop.get_params(torch.empty(1, h, w, device='meta'), self.scale, self.ratio)
             return (x, y, x + cw, y + ch), self.flip and torch.rand(()).item() < 0.5
+        finally: torch.set_rng_state(state)
 
 # %% ../nbs/03a_photographs.ipynb #7f474c90
 def cropped(
