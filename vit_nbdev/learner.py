@@ -338,6 +338,7 @@ RECIPES = {
                             measured='72.93 ± 0.86 % (3 seeds; JPEG images), 18 min on one CPU core'),
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3,
                             augment=dict(pad_mode='reflection')),
+    # learning rates and decay of the next two are public practice (BEiT, MAE), not chosen by a measurement of ours
     'finetune':      Recipe('folder',        'S/16',   epochs=10,  bs=32,  lr=3e-4, layer_decay=0.75, augment=_WHOLE),
     'probe':         Recipe('folder',        'S/16',   epochs=20,  bs=32,  lr=1e-2, freeze=True, augment=_WHOLE),
 }
