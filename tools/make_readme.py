@@ -29,6 +29,7 @@ def render():
             for out in cell.outputs: out.get('data', {}).pop('text/html', None)   # GitHub shows the plain form
         cells.append(cell)
     nb.cells = cells
+    nb.metadata['language_info'] = dict(name='python')     # for the colours of the code
     body, resources = MarkdownExporter().from_notebook_node(
         reads(nb2str(nb), as_version=4), resources={'output_files_dir': PICTURES, 'unique_key': 'readme'})
     body = re.sub(r'```(python)?\n\n```\n', '', body)        # what `echo: false` leaves behind
