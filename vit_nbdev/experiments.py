@@ -62,7 +62,9 @@ def compare(
     if to not in table: raise ValueError(f"there is no setting {to!r}: choose among {', '.join(map(str, table))}")
     rows = {}
     for name in runs[by].unique():
-        row = rows[name] = {value: f'{table[name].mean():.2f} ± {table[name].std():.2f}', 'n': table[name].count()}
+        n = table[name].count()
+        spread = f' ± {table[name].std():.2f}' if n > 1 else ''
+        row = rows[name] = {value: f'{table[name].mean():.2f}{spread}', 'n': n}
         both = table[[name, to]].dropna() if name != to else []
         if len(both) < 2: continue
         d = paired(both[name], both[to])
