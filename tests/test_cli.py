@@ -570,12 +570,12 @@ def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
     train(epochs=1, device='cpu', out=tmp_path/'run')
     assert 'confusion could not be drawn and is left out (RuntimeError: no font for this)' in capsys.readouterr().out
     assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES - {'confusion.png'}
-    assert (tmp_path/'run'/'report.html').read_text().count('data:image/png') == 3
+    assert (tmp_path/'run'/'report.html').read_text().count('data:image/png') == 4
     assert predict(tmp_path/'run', tmp_path/'run'/'samples')[0]['class']
 
 def test_a_run_that_died_while_it_was_drawn_is_finished_without_training(tmp_path, monkeypatch):
     import vit_nbdev.runs as runs
-    def killed(*args): raise KeyboardInterrupt
+    def killed(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(runs, 'draw_pictures', killed)
         with pytest.raises(KeyboardInterrupt, match='stopped by Ctrl-C after 2 epochs'):
