@@ -1,5 +1,5 @@
 """The house style, as far as a machine can see it: lines, cells, and ruff's rules (pyproject.toml has the reasons)."""
-import json, re, shutil, subprocess
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +60,8 @@ def test_lines_and_cells(path):
 
 @pytest.mark.parametrize('path', files(RUFF_TO_DO))
 def test_ruff(path):
-    ruff = shutil.which('ruff')
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])  # a venv may not be active
+    ruff = shutil.which('ruff', path=beside)
     if ruff is None: pytest.skip("ruff is not installed: pip install -e '.[dev]' brings it")
     checked = [path] + ([module(path)] if path.suffix == '.ipynb' and module(path) else [])
     command = [ruff, 'check', '--no-cache', '--ignore', 'E501', '--output-format', 'concise', *checked]   # lines: above
