@@ -1,5 +1,5 @@
 """Each notebook is a test: it runs from top to bottom, and its assertions hold."""
-import json
+import json, re
 from pathlib import Path
 
 import pytest
@@ -26,3 +26,19 @@ def test_stored_outputs(path):
     outputs = [o for c in cells for o in c['outputs']]
     assert outputs, f'{path.name} is stored without outputs: run tools/run_notebooks.py'
     assert not [o for o in outputs if o['output_type'] == 'error']
+
+def test_results_page():
+    "It shows every cell that begins with `#| result:`, under its caption, with the outputs that are stored now"
+    read = lambda path: json.loads(path.read_text(encoding='utf-8'))['cells']
+    text = ''.join
+    shown = [o['data'] for c in read(ROOT/'nbs'/'results.ipynb') if c['cell_type'] == 'code' for o in c['outputs']]
+    captions = [text(d['text/markdown']).strip('*') for d in shown if 'text/markdown' in d]
+    measured = [(c, re.match(r'(?:#\|.*\n)*#\| result: (.*)', ''.join(c['source'])))
+                for path in NOTEBOOKS if path.name != 'results.ipynb' for c in read(path) if c['cell_type'] == 'code']
+    measured = {tag[1]: c for c, tag in measured if tag}
+    assert len(measured) > 20 and set(measured) <= set(captions), 'run tools/run_notebooks.py nbs/results.ipynb'
+    for caption, cell in measured.items():
+        for output in cell['outputs']:
+            if 'text' in output: assert any(text(output['text']) in text(d.get('text/markdown', '')) for d in shown), caption
+            elif 'text/html' in output['data']:
+                assert any(text(output['data']['text/html']) == text(d.get('text/html', '')) for d in shown), caption
