@@ -39,6 +39,6 @@ def test_results_page():
     assert len(measured) > 20 and set(measured) <= set(captions), 'run tools/run_notebooks.py nbs/results.ipynb'
     for caption, cell in measured.items():
         for output in cell['outputs']:
-            if 'text' in output: assert any(text(output['text']) in text(d.get('text/markdown', '')) for d in shown), caption
-            elif 'text/html' in output['data']:
-                assert any(text(output['data']['text/html']) == text(d.get('text/html', '')) for d in shown), caption
+            kind = 'text/markdown' if 'text' in output else 'text/html'
+            part = output['text'] if 'text' in output else output['data'].get('text/html', '')
+            assert any(text(part) in text(d.get(kind, '')) for d in shown), f'{caption}: run nbs/results.ipynb again'
