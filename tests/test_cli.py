@@ -1,5 +1,5 @@
 """vit_train and vit_predict as a user runs them, the good way and the bad ways."""
-import csv, json, os, random, re, shutil, signal, subprocess, sys, time
+import csv, json, os, random, re, shutil, signal, socket, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from programs import Program, shell
 from vit_nbdev.cli import vit_predict, vit_train
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
@@ -21,22 +22,16 @@ RUN_FILES = {'augmented.png', 'config.json', 'confusion.png', 'curves.png', 'met
 
 def command(name): return [str(Path(sys.executable).parent/name)]    # the program that pip installed
 
-def start(name, *args, cwd):
-    return subprocess.Popen([*command(name), *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {'PYTHONUNBUFFERED': '1'},
-                            # a shell's background jobs ignore it
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-def shell(name, *args, cwd):
-    process = start(name, *args, cwd=cwd)
-    out, err = process.communicate()
-    return process.returncode, out, err
+def installed(name, *args, cwd):
+    "A command as it comes from a shell; `shell` is the same without the seconds of its imports"
+    done = subprocess.run([*command(name), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     "A folder in which `vit_train` ran as a program, and what it printed"
     cwd = tmp_path_factory.mktemp('work')
-    code, out, err = shell('vit_train', '--epochs', 8, '--device', 'cpu', cwd=cwd)
+    code, out, err = installed('vit_train', '--epochs', 8, '--device', 'cpu', cwd=cwd)
     assert code == 0, err
     return cwd, out
 
@@ -305,18 +300,18 @@ def test_bad_run(name, trained, tmp_path):
     assert str(e.value).startswith('vit_predict: ') and '\n' not in str(e.value)
 
 def test_sentence_on_the_terminal(tmp_path):
-    code, out, err = shell('vit_train', '--data', 'minst', cwd=tmp_path)
+    code, out, err = installed('vit_train', '--data', 'minst', cwd=tmp_path)
     assert code == 1 and out == ''
     assert err.strip() == ("vit_train: there is no data set 'minst' and no folder of that name; "
                            "did you mean mnist or fashion_mnist?")
-    code, out, _ = shell('vit_predict', '--help', cwd=tmp_path)
+    code, out, _ = installed('vit_predict', '--help', cwd=tmp_path)
     assert code == 0 and 'a run folder that vit_train made' in out and 'images [images ...]' in out
 
 # --- Ctrl-C ---
 
 def interrupt(cwd, ready, timeout=240):
     "Start a long training, press Ctrl-C as soon as `ready()`, and give what it printed"
-    process = start('vit_train', '--epochs', 2000, '--device', 'cpu', cwd=cwd)
+    process = Program('vit_train', '--epochs', 2000, '--device', 'cpu', cwd=cwd)
     until = time.time() + timeout
     while not ready() and process.poll() is None and time.time() < until: time.sleep(0.02)
     try:
@@ -364,7 +359,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     rng, kills, at = random.Random(time.time_ns()), 0, []
     args = flags(**FAST, out='killed')
     for attempt in range(4):
-        process = start('vit_train', *args, cwd=tmp_path)
+        process = Program('vit_train', *args, cwd=tmp_path)
         before, wait = epochs_of(tmp_path/'killed.part'/'metrics.csv'), rng.uniform(0, 1.5)
         while process.poll() is None and epochs_of(tmp_path/'killed.part'/'metrics.csv') <= before: time.sleep(0.005)
         # it comes after the metrics
@@ -387,7 +382,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
 def unfinished(tmp_path_factory):
     "A run that was killed after three epochs, and the folder it lies in"
     cwd = tmp_path_factory.mktemp('unfinished')
-    process = start('vit_train', *flags(**FAST | dict(epochs=500), out='run'), cwd=cwd)
+    process = Program('vit_train', *flags(**FAST | dict(epochs=500), out='run'), cwd=cwd)
     while process.poll() is None and epochs_of(cwd/'run.part'/'metrics.csv') < 3: time.sleep(0.02)
     process.kill()
     process.communicate()
@@ -500,15 +495,23 @@ result |= dict(values=list(learn.recorder.values[-1][1:]), by_hand=[loss.item(),
 torch.save(result, f'{sys.argv[1]}-{rank_distrib()}.pt')
 """
 
-def torchrun(n, *args, cwd): return shell('torchrun', '--standalone', f'--nproc_per_node={n}', *args, cwd=cwd)
+def two(name, *args, cwd):
+    "Exit codes and error streams of a program in two processes, with the environment that torchrun gives to each"
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    common = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    both = [Program(name, *args, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **common) for rank in '01']
+    errors = [process.communicate()[1] for process in both]
+    return [process.returncode for process in both], errors
 
 def test_two_processes_train_as_one(tmp_path):
     "The same global batches give the same weights up to rounding, and each image is seen by one process only"
     (tmp_path/'two.py').write_text(TWO)
-    done = subprocess.run([sys.executable, 'two.py', 'one'], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    code, _, err = torchrun(2, 'two.py', 'two', cwd=tmp_path)
+    code, _, err = shell('two.py', 'one', cwd=tmp_path)
     assert code == 0, err
+    codes, errors = two('two.py', 'two', cwd=tmp_path)
+    assert codes == [0, 0], errors
     one, a, b = (torch.load(tmp_path/f, weights_only=False) for f in ('one-0.pt', 'two-0.pt', 'two-1.pt'))
     assert torch.equal(a['weights'], b['weights'])
     change = (one['weights'] - a['weights']).abs().max()
@@ -526,16 +529,16 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_vit_train_in_two_processes(tmp_path):
     "One run folder, written by the first process; a batch that can't be dealt is refused"
-    code, out, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=2, bs=64, device='cpu', out='run'),
-                              cwd=tmp_path)
+    code, out, err = installed('torchrun', '--standalone', '--nproc_per_node=2', '--no_python', *command('vit_train'),
+                               *flags(epochs=2, bs=64, device='cpu', out='run'), cwd=tmp_path)
     assert code == 0, err
     assert out.count('test accuracy') == 1 and 'processes: 2' in out
     assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES and [p.name for p in tmp_path.iterdir()] == ['run']
     config = json.loads((tmp_path/'run'/'config.json').read_text())
     assert config['processes'] == 2 and config['n_test'] == 360       # the first process tests on all images
-    code, _, err = torchrun(2, '--no_python', *command('vit_train'), *flags(epochs=1, bs=63, device='cpu', out='odd'),
-                            cwd=tmp_path)
-    assert code != 0 and "a batch of 63 can't be dealt to 2 processes" in err
+    codes, errors = two('vit_train', *flags(epochs=1, bs=63, device='cpu', out='odd'), cwd=tmp_path)
+    assert codes == [1, 1]
+    for err in errors: assert "a batch of 63 can't be dealt to 2 processes" in err
     assert [p.name for p in tmp_path.iterdir()] == ['run']
 
 # --- what is predicted and what is explained are the same pixels ---
