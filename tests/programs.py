@@ -1,7 +1,7 @@
 """Commands as processes of their own, forked from one that has imported the library: each of them starts at once.
 
 A process forked here is as good as one from a shell: it has a folder, an environment and streams of its own, it can be
-killed, and it hears Ctrl-C. It only lacks the import of torch and fastai, which takes longer than most of what is tested.
+killed, and it hears Ctrl-C. It only lacks the import of torch and fastai, which takes longer than most of these tests.
 """
 import multiprocessing, os, runpy, signal, subprocess, sys, tempfile
 from pathlib import Path
