@@ -149,11 +149,13 @@ def full(path_of):
         return fsync(handle)
     return fail
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory): return train(epochs=2, device='cpu', out=tmp_path_factory.mktemp('whole')/'run')
+
 @pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='no /proc here')
 @pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'metrics.csv', 'checkpoint.pt'])
-def test_a_full_disk_costs_no_training(name, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_no_training(name, whole, tmp_path, monkeypatch):
     "The file is named, and so is --resume, which ends the run with the same bytes"
-    train(epochs=2, device='cpu', out=tmp_path/'whole')
     epoch = dict(n=0)
     def hit(path):
         epoch['n'] += path.name == f'{name}.tmp'
@@ -166,7 +168,7 @@ def test_a_full_disk_costs_no_training(name, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path/'run.part').glob('*.tmp'))
     train(resume=tmp_path/'run', device='cpu')
     for file in ('model.safetensors', 'metrics.csv', 'curves.png'):
-        assert (tmp_path/'run'/file).read_bytes() == (tmp_path/'whole'/file).read_bytes()
+        assert (tmp_path/'run'/file).read_bytes() == (whole/file).read_bytes()
 
 def test_a_disk_that_is_full_for_the_pictures(tmp_path, monkeypatch):
     from matplotlib.figure import Figure

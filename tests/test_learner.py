@@ -1,7 +1,10 @@
 """Loaders, callbacks and checkpoints of a `ViTLearner`."""
+import os, time
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -14,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
-from vit_nbdev.learner import EMA, Checkpoint, head_groups, load_checkpoint, normalise_as, vit_learner
+from vit_nbdev.learner import (EMA, Checkpoint, Threads, _left_over, head_groups, load_checkpoint, normalise_as,
+                               vit_learner)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import load_model, save_model
@@ -274,3 +278,35 @@ def expected(checkpoint, some_digits):
     learn = quick(some_digits(), EMA(0.9), Checkpoint(checkpoint), OneStep())
     learn.fit(3)
     return learn.one_step.weights
+
+# --- beside other programs ---
+
+def test_threads_are_as_before_after_an_error(monkeypatch):
+    "The other program takes a core at once; the fit breaks in the step after it was noticed"
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): monkeypatch.delenv(name, raising=False)
+    now, seen = [0.], []
+    class Break(Callback):
+        def before_batch(self):
+            seen.append(torch.get_num_threads())
+            if len(seen) == 3: raise ValueError('broken')
+            now[0] += 1
+    learn = vit_learner(digits_dls(device='cpu'), 'digits')
+    assert sum(isinstance(cb, Threads) for cb in learn.cbs) == 1
+    learn.remove_cb(Threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with learn.no_bar(), pytest.raises(ValueError, match='broken'):
+            learn.fit(1, cbs=[Threads(lambda: now[0], lambda: now[0]), Break()])
+        assert seen == [2, 1, 1] and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+def test_what_other_programs_leave(monkeypatch):
+    "Idle cores, those of programs of low priority, and our own work; of the cores that we may use"
+    cores = [SimpleNamespace(user=9., nice=1., system=2., idle=30., iowait=4.),
+             SimpleNamespace(user=8., nice=0.5, system=1., idle=20., iowait=2.),
+             SimpleNamespace(user=7., nice=0., system=1., idle=1000., iowait=0.)]
+    monkeypatch.setattr(psutil, 'cpu_times', lambda percpu: cores)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(time, 'process_time', lambda: 5.)
+    assert _left_over() == 30 + 4 + 1 + 20 + 2 + 0.5 + 5

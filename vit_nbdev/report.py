@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import font_manager, rcParams
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
@@ -84,7 +85,9 @@ def with_glyphs(
     fig: Figure,    # with all its texts
 ) -> Figure:        # the same, each text in fonts that have its characters
     "Let texts whose characters the usual font lacks fall back on other fonts"
-    texts = fig.findobj(Text)
+    # the ticks of an axis that is switched off are not asked for: matplotlib would make them only then
+    parts = [part for ax in fig.axes for part in ax.get_children() if ax.axison or not isinstance(part, Axis)]
+    texts = [t for part in [*parts, *fig.texts, *fig.legends] for t in part.findobj(Text)]
     families, _ = fonts_for(''.join(t.get_text() for t in texts))
     for t in texts if len(families) > len(rcParams['font.family']) else []: t.set_fontfamily(families)
     return fig
