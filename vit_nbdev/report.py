@@ -92,6 +92,7 @@ def with_glyphs(
     for t in texts if len(families) > len(rcParams['font.family']) else []: t.set_fontfamily(families)
     return fig
 
+# %% ../nbs/08_report.ipynb #d806c2e4
 def plain(label: str, longest: int = 24) -> str:
     "A class name as it can be drawn: no dollar sign starts a formula, and a very long name is cut"
     label = label.encode('utf-8', 'backslashreplace').decode()      # a file system may give bytes that are no text
