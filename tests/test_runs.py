@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from vit_nbdev import runs
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import load_model, predict, save_model
 from vit_nbdev.vit import vit
@@ -92,3 +93,48 @@ def test_what_predict_takes_and_refuses(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='an empty name is no image file'): predict(run, '')
     with pytest.raises(TypeError, match='got a Linear, expected a run folder'): predict(torch.nn.Linear(2, 2), pixels)
     with pytest.raises(ValueError, match='does not say how its images are prepared'): predict(vit('digits'), pixels)
+
+# --- precision and compiling ---
+
+def test_auto_is_bf16_only_where_it_is_faster(monkeypatch):
+    "Instructions for it, and a trial that they win"
+    cpu, model = torch.device('cpu'), vit('digits')
+    for has, ratio, chosen in ((True, 0.6, 'bf16'), (True, 1.2, 'fp32'), (False, 0.6, 'fp32')):
+        monkeypatch.setattr(runs, '_has_bf16', lambda _: has)
+        monkeypatch.setattr(runs, '_bf16_ratio', lambda *_: ratio)
+        assert runs._precision('auto', model, 4, cpu) == chosen
+        assert runs._precision('fp32', model, 4, cpu) == 'fp32'
+    monkeypatch.setattr(runs, '_bf16_ratio', lambda *_: 2.53)
+    with pytest.warns(UserWarning, match='bf16 takes 2.5 times as long as fp32 on this processor: use fp32, or auto'):
+        assert runs._precision('bf16', model, 4, cpu) == 'bf16'
+
+def test_the_trial_leaves_no_trace():
+    "Four steps of each kind, the first two of them warm-ups; weights, gradients and random numbers are as before"
+    model = vit('digits', dropout=0.1)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    times = iter([0., 9., 0., 9., *[0., 4., 0., 2.]*2, 0., 5., 0., 1.])
+    assert runs._bf16_ratio(model, 4, torch.device('cpu'), clock=lambda: next(times)) == 1/4
+    assert next(times, None) is None and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch):
+    "It computes in bfloat16 when it trains, and says so in its settings"
+    seen, forward = set(), torch.nn.Linear.forward
+    def watch(self, x):
+        out = forward(self, x)
+        if torch.is_grad_enabled(): seen.add(out.dtype)
+        return out
+    monkeypatch.setattr(runs, '_bf16_ratio', lambda *_: 0.9)
+    monkeypatch.setattr(runs, '_has_bf16', lambda _: True)
+    monkeypatch.setattr(torch.nn.Linear, 'forward', watch)
+    model, config = load_model(runs.train(epochs=1, precision='auto', device='cpu', out=tmp_path/'run'))
+    assert seen >= {torch.bfloat16} and config['settings']['precision'] == 'bf16'
+    assert {v.dtype for v in model.state_dict().values()} == {torch.float32}
+
+def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(OSError, match=r'--compile needs a C\+\+ compiler, and there is none here: install g\+\+'):
+        runs.train(epochs=1, compile=True, device='cpu', out=tmp_path/'run')
+    assert not list(tmp_path.iterdir())

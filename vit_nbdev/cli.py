@@ -81,7 +81,7 @@ def vit_train(
     seed:int=None,        # of the weights, the order of the images and their augmentation (default: 0)
     device:str=None,      # cpu, cuda, cuda:1 or mps (default: a GPU if there is one)
     img_size:int=None,    # side to which the images of a folder are resized (default: that of the model)
-    precision:str=None,   # fp32, or bf16 or fp16 on a GPU (default: fp32)
+    precision:str=None,   # fp32, bf16, fp16 on a GPU, or auto: bf16 where it is faster (default: fp32)
     compile:store_true=False, # torch.compile the model: slow to start, then faster
     flip:store_true=False, # mirror half of the training images: only if no class changes, as arrows and letters do
     class_weights:store_true=False, # let each class count the same in the loss, however many images it has

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'get_device', 'check_positive', 'Diverged', 'EpochLines', 'MetricsFile', 'save_model', 'load_model',
-           'learner_preprocessing', 'save_run', 'class_probabilities', 'train', 'image_files', 'trained_model',
-           'predict', 'explain']
+           'learner_preprocessing', 'save_run', 'class_probabilities', 'CPUBF16', 'train', 'image_files',
+           'trained_model', 'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
-import hashlib, io, json, os, platform, shutil, signal, sys, tempfile, threading, time
+import hashlib, io, json, os, platform, shutil, signal, sys, tempfile, threading, time, warnings
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -166,8 +167,8 @@ def _check_settings(s):
     Preprocessing(s['img_size'] or 224, [0.5], [0.5], in_chans=1, **how)          # likewise
     if not 0 <= s['layer_decay'] <= 1: raise ValueError(f"layer_decay is {s['layer_decay']}, but must be from 0 to 1")
     if s['wd'] < 0 or s['mixup'] < 0: raise ValueError(f"wd ({s['wd']}) and mixup ({s['mixup']}) can't be below zero")
-    if s['precision'] not in ('fp32', 'bf16', 'fp16'):
-        raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16 or fp16")
+    if s['precision'] not in ('fp32', 'bf16', 'fp16', 'auto'):
+        raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16, fp16 or auto")
     r = _recipe(s)
     r.transforms(), r.callbacks()                                                 # likewise
 
@@ -573,6 +574,52 @@ def _describe(say, s, r, dls, learn, device):
     known = RECIPES[s['recipe']]
     if known.measured and r == replace(known, measured=''): say(f"expect  {known.measured}")
 
+# %% ../nbs/09_runs.ipynb #878b6d04
+def _bf16_ratio(model, bs, device, clock=time.perf_counter):
+    "Seconds of a step's forward and backward pass in bf16 as a share of those in fp32, the least of three each"
+    c, copy, seconds = model.config, deepcopy(model), {True: [], False: []}
+    sides = c.img_size if isinstance(c.img_size, (tuple, list)) else (c.img_size, c.img_size)
+    x = torch.zeros(bs, c.in_chans, *sides, device=device)
+    with torch.random.fork_rng():
+        for half in [False, True]*4:
+            start = clock()
+            with torch.autocast(device.type, torch.bfloat16, enabled=half): out = copy(x)
+            out.float().square().mean().backward()
+            if device.type == 'cuda': torch.cuda.synchronize()
+            seconds[half].append(clock() - start)
+    return min(seconds[True][1:])/min(seconds[False][1:])      # the first of each is a warm-up
+
+def _has_bf16(device):
+    "Does the device multiply in bfloat16 by instructions of its own?"
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
+    return device.type == 'cpu' and any(getattr(torch.cpu, name, bool)() for name in names)
+
+def _precision(name, model, bs, device):
+    "What `auto` is here; a warning where bf16 is asked for and slower. The first of several processes decides"
+    if name == 'bf16' and device.type == 'cpu' and (ratio := _bf16_ratio(model, bs, device)) > 1:
+        warnings.warn(f"precision bf16 takes {ratio:.1f} times as long as fp32 on this processor: use fp32, or auto")
+    if name != 'auto': return name
+    chosen = ['bf16' if _has_bf16(device) and _bf16_ratio(model, bs, device) < 1 else 'fp32']
+    if num_distrib() > 1: torch.distributed.broadcast_object_list(chosen)
+    return chosen[0]
+
+# %% ../nbs/09_runs.ipynb #5c2632a2
+class CPUBF16(Callback):
+    "Mixed precision in bfloat16 on a CPU; fastai's own is for GPUs"
+    order = 10
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.autocast.__enter__()
+    def after_pred(self): self.learn.pred = self.pred.float()
+    def after_loss(self): self.autocast.__exit__(None, None, None)
+
+def _check_compiler(device):
+    "On a CPU `torch.compile` writes C++; OSError if nothing here translates it"
+    if device.type != 'cpu' or sys.platform == 'win32': return
+    if not any(shutil.which(name) for name in (os.environ.get('CXX') or 'g++', 'clang++')):
+        raise OSError("--compile needs a C++ compiler, and there is none here: install g++, or leave out --compile")
+
 # %% ../nbs/09_runs.ipynb #8bc8830f
 def _prepare(s, device, part):
     "The recipe, the loaders, the test loader and the learner of a run with settings `s`"
@@ -590,8 +637,13 @@ def _prepare(s, device, part):
     if not watched:
         learn.remove_cb(learn.progress)
         learn.logger = noop      # the lines say it
-    if s['compile']: learn.model.compile()
-    if s['precision'] != 'fp32': learn = getattr(learn, f"to_{s['precision']}")()
+    s['precision'] = _precision(s['precision'], learn.model, r.bs, device)
+    if s['compile']:
+        _check_compiler(device)
+        learn.model.compile()
+    if s['precision'] != 'fp32':
+        if device.type == 'cpu': learn.add_cb(CPUBF16())
+        else: learn = getattr(learn, f"to_{s['precision']}")()
     torch.manual_seed(s['seed'] + rank_distrib())    # each process augments in its own way
     return r, dls, test, learn
 
@@ -608,7 +660,7 @@ def train(
     seed: int|None = None,       # of the weights, the order of the images and their augmentation; default 0
     device: str|None = None,     # 'cpu', 'cuda', 'cuda:1', 'mps'; default: a GPU if there is one
     img_size: int|None = None,   # side that the images of a folder are resized to; default: that of the model
-    precision: str|None = None,  # 'fp32' (default), or 'bf16' or 'fp16' on a GPU: mixed precision
+    precision: str|None = None,  # 'fp32' (default); mixed: 'bf16', 'fp16' on a GPU; 'auto': bf16 where it is faster
     compile: bool|None = None,   # `torch.compile` the model: slow to start, then faster
     flip: bool|None = None,      # mirror half of the training images; only if that changes no class (arrows, letters)
     class_weights: bool|None = None,   # let each class count the same in the loss, however many images it has
@@ -643,8 +695,8 @@ def train(
         s = _settings(**given)
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
         out = _free_name(Path('runs'), name) if out is None else Path(out)
-    if s['precision'] != 'fp32' and device.type != 'cuda':
-        raise ValueError(f"precision {s['precision']} needs a GPU, the device is {device}: use fp32")
+    if s['precision'] == 'fp16' and device.type != 'cuda':
+        raise ValueError(f"precision fp16 needs a GPU, the device is {device}: use fp32, bf16 or auto")
     device = _join_processes(device)
     def say(text):
         if not rank_distrib(): print(text, flush=True)
