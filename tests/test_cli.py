@@ -230,7 +230,7 @@ BAD_TRAIN = {
     'recipe and data':   (dict(recipe='mnist', data='digits'), "the recipe 'mnist' is for mnist, not digits"),
     'recipe of a folder': (dict(recipe='folder'), "the recipe 'folder' needs --data"),
     'precision':         (dict(precision='fp8'), "precision 'fp8' is not known: use fp32, bf16, fp16 or auto"),
-    'fp16 on a CPU':     (dict(precision='fp16'), 'precision fp16 needs a GPU, the device is cpu: use fp32, bf16 or auto'),
+    'fp16 on a CPU':     (dict(precision='fp16'), 'fp16 needs a GPU, the device is cpu: use fp32, bf16 or auto'),
     'resume nothing':    (dict(resume='nowhere'), 'there is no unfinished run nowhere.part'),
     'loss explodes':     (dict(lr=1e30),
                           'the loss is no longer a finite number in epoch 1.* try a lower --lr than 1e.30'),
