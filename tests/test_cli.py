@@ -90,7 +90,7 @@ def test_predict_agrees_with_the_test_accuracy(trained, capsys):
     (cwd/'all').mkdir()
     for i, x in enumerate(test.x): Image.fromarray(x[0].numpy()).save(cwd/'all'/f'{i:03}.png')
     vit_predict.__wrapped__(str(cwd/'runs'/'digits'), sorted(map(str, (cwd/'all').iterdir())), json=True, device='cpu')
-    results = json.loads(capsys.readouterr().out)
+    results = list(map(json.loads, capsys.readouterr().out.splitlines()))
     right = np.mean([r['class'] == test.vocab[y] for r, y in zip(results, test.y)])
     assert right == json.loads((cwd/'runs'/'digits'/'config.json').read_text())['test_accuracy']
     for r in results:
@@ -128,7 +128,7 @@ def test_predict_with_published_weights(trained, capsys, tmp_path):
     said = []
     for source, pretrained in ((run, False), (run/'model.safetensors', True)):
         vit_predict.__wrapped__(str(source), [str(run/'samples')], json=True, pretrained=pretrained, device='cpu')
-        said.append(json.loads(capsys.readouterr().out))
+        said.append(list(map(json.loads, capsys.readouterr().out.splitlines())))
     assert [r['class'] for r in said[0]] == [r['class'] for r in said[1]]
     for a, b in zip(*said): assert abs(a['probability'] - b['probability']) < 1e-4
     shutil.copy(run/'model.safetensors', tmp_path/'bare.safetensors')

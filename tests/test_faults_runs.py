@@ -388,7 +388,7 @@ def test_names_that_are_no_utf8(run, tmp_path, monkeypatch, capsys):
     name = os.fsdecode(b'\xff\xfe.png')
     shutil.copy(run.parent/'a.png', tmp_path/name)
     vit_predict.__wrapped__(str(run), [str(tmp_path/name)], json=True, device='cpu')
-    assert json.loads(capsys.readouterr().out)[0]['file'] == str(tmp_path/name)
+    assert json.loads(capsys.readouterr().out)['file'] == str(tmp_path/name)
     page = explain(run, tmp_path/name, tmp_path/'page.html', device='cpu')
     assert 'udcff' in page.read_text(encoding='utf-8')
     odd = os.fsdecode(b'\xff')

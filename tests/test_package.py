@@ -66,7 +66,7 @@ def test_wheel_is_complete(wheel):
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
     assert meta['Version'] == config['DEFAULT']['version'] and meta['License-Expression'] == 'Apache-2.0'
-    commands = ('vit_train', 'vit_predict', 'vit_explain', 'vit_export')
+    commands = ('vit_train', 'vit_predict', 'vit_explain', 'vit_export', 'vit_serve')
     assert dict(scripts['console_scripts']) == {name: f'vit_nbdev.cli:{name}' for name in commands}
     needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(needed) == len(config['DEFAULT']['requirements'].split())

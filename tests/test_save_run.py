@@ -62,7 +62,7 @@ def test_what_the_learner_says_the_folder_says(name, pictures, tmp_path, capsys)
             assert (found['class'], found['index']) == (label, index)
             assert np.allclose(found['probabilities'], p, atol=close if i == 0 else 1e-5)
     vit_predict.__wrapped__(str(run), [str(file)], json=True, device='cpu')
-    assert json.loads(capsys.readouterr().out)[0]['class'] == label
+    assert json.loads(capsys.readouterr().out)['class'] == label
     assert explain(run, file, tmp_path/'page.html', device='cpu').is_file()
 
 def test_an_exported_learner(pictures, tmp_path):

@@ -32,7 +32,7 @@ class Deployed(nn.Module):
         pixels: Tensor,  # `(b c h w)`, uint8, of the size that the preprocessing gives
     ) -> tuple[Tensor, Tensor]:  # logits and probabilities, `(b n_classes)` each
         logits = self.model(self.preprocessing.normalise(pixels))
-        return logits, logits.softmax(dim=1)
+        return logits, self.preprocessing.probabilities(logits)
 
 # %% ../nbs/09a_export.ipynb #7b45fe15
 def _write_onnx(deployed, example, file):

@@ -36,6 +36,7 @@ class Preprocessing:
     scale: float = 1/255                  # factor for pixels from 0 to 255
     fill: int|None = None                 # grey of a border, 0 to 255; None: the mean with resize='border', else black
     labels: tuple[str, ...] = ()          # names of the classes, by index
+    several: bool = False                 # may an image have several of them, or none?
 
     def __post_init__(self):
         for name in ('img_size', 'resize_size', 'mean', 'std', 'value_range', 'labels'):
@@ -69,6 +70,10 @@ class Preprocessing:
         "The way back"
         mean, std = _statistics(self, x)
         return ((x*std + mean)/(255*self.scale)).clamp(0, 1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:  # `(... n_classes)` -> the same shape
+        "Of each class: they add up to 1, unless an image may have several"
+        return logits.sigmoid() if self.several else logits.softmax(dim=-1)
 
     def to_dict(self) -> dict: return asdict(self)
 
@@ -116,9 +121,10 @@ def _check_field(name, value, prep):
     elif name == 'value_range':
         good = value is None or _are(_is_number, value, 2) and value[0] < value[1]
         if not good: want = 'two numbers: (black, white)'
-    elif name == 'antialias':
+    elif name in ('antialias', 'several'):
         if not isinstance(value, bool): want = 'True or False'
-        elif not value and prep.backend == 'pillow': want = "True with backend='pillow', which always averages"
+        elif (name, value, prep.backend) == ('antialias', False, 'pillow'):
+            want = "True with backend='pillow', which always averages"
     elif name == 'labels':
         if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value): want = 'a list of strings'
     if want: raise ValueError(f"{name}={value!r} must be {want}")

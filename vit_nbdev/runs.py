@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['LOADERS', 'get_device', 'check_positive', 'Diverged', 'EpochLines', 'MetricsFile', 'save_model', 'load_model',
            'learner_preprocessing', 'save_run', 'class_probabilities', 'CPUBF16', 'train', 'image_files',
-           'trained_model', 'predict', 'explain']
+           'trained_model', 'predictions', 'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
 import hashlib, io, json, os, platform, shutil, signal, sys, tempfile, threading, time, warnings
-from contextlib import contextmanager, redirect_stdout
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -753,40 +757,78 @@ def trained_model(
     return model.eval(), preprocessing
 
 # %% ../nbs/09_runs.ipynb #run00013
+def _ahead(f, items, n, workers):
+    "`map(f, items)` in threads, which are at most `n` items ahead of whoever asks"
+    pool, begun = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(f, item))
+            if len(begun) > n: yield begun.popleft().result()
+        while begun: yield begun.popleft().result()
+    finally: pool.shutdown(cancel_futures=True)
+
 @torch.no_grad()
+def _stream(model, prep, pairs, bs, workers, features):
+    "A result for each pair of a name and an image"
+    def read(pair):
+        try: return {'file': pair[0]}, prep(pair[1])
+        except (ValueError, OSError) as e: return {'file': pair[0], 'error': str(e)}, None
+    read_ahead = _ahead(read, pairs, 2*bs, workers or min(os.cpu_count(), 8))
+    with closing(read_ahead):
+        while batch := list(islice(read_ahead, bs)):
+            pixels = [x for _, x in batch if x is not None]
+            if pixels: _classify(model, prep, torch.stack(pixels), [r for r, x in batch if x is not None], features)
+            for result, _ in batch: yield result
+
+def _classify(model, prep, pixels, results, features):
+    "Add to each of `results` what the model says of its `pixels` `(n c h w)`"
+    x = prep.normalise(pixels.to(next(model.parameters()).device))
+    if features:
+        x = model.pool(model.forward_features(x))
+        for result, row in zip(results, x.float().cpu().numpy(), strict=True): result['features'] = row
+    if not model.config.n_classes: return
+    logits = model.head(x) if features else model(x)
+    for result, p in zip(results, prep.probabilities(logits.float()).cpu().tolist(), strict=True):
+        index = max(range(len(p)), key=p.__getitem__)
+        labels = prep.labels or list(map(str, range(len(p))))
+        result |= {'class': labels[index], 'index': index, 'probability': p[index], 'probabilities': p}
+        if prep.several: result['classes'] = [label for label, q in zip(labels, p) if q >= 0.5]
+
+# %% ../nbs/09_runs.ipynb #a505a3e5
+def _ready(run, images, device, features):
+    "Model, preprocessing, and pairs of a name and an image; complains before any picture is read"
+    device = get_device(device)
+    model, prep = trained_model(run)
+    if not model.config.n_classes and not features:
+        raise ValueError("the model computes features and names no classes: ask for them (--features, features=True), "
+                         "or give it classes with vit_learner(dls, pretrained=...), and train")
+    return model.to(device), prep, _images(images)
+
+def predictions(
+    run: str|Path|ViT|Learner,  # as in `trained_model`
+    images: str|Path|list|Image.Image|np.ndarray,  # image files, folders of them, images; one or a list
+    bs: int = 64,            # images that the model sees at a time
+    device: str|None = None, # as in `train`
+    workers: int|None = None,  # threads that decode; default: one a core, 8 at most
+    features: bool = False,  # add `features`: the vector that the head reads, as an array `(dim)`
+) -> Iterator[dict]:         # `file`, `class`, `index`, `probability` and `probabilities` by index; or `file`, `error`
+    "What a model sees in images, one after the other; it keeps none, so a folder may be as large as it likes"
+    check_positive(bs=bs, workers=1 if workers is None else workers)
+    return _stream(*_ready(run, images, device, features), bs, workers, features)
+
 def predict(
     run: str|Path|ViT|Learner,  # as in `trained_model`
     images: str|Path|list|Image.Image|np.ndarray,  # image files, folders of them, images; one or a list
-    bs: int = 256,           # images at a time
+    bs: int = 64,            # images that the model sees at a time
     device: str|None = None, # as in `train`
     progress: bool = False,  # show a bar, on the error stream
-) -> list[dict]:             # `file`, `class`, `index`, `probability` and `probabilities` by index; or `file`, `error`
-    "The classes that a model sees in images"
-    device = get_device(device)
-    model, prep = trained_model(run)
-    if not model.config.n_classes:
-        raise ValueError("the model computes features and names no classes: give it some with "
-                         "vit_learner(dls, pretrained=...), and train")
-    model, pairs, results = model.to(device), _images(images), []
-    starts = range(0, len(pairs), bs)
+    **kwargs,                # `workers` and `features`, as in `predictions`
+) -> list[dict]:             # as of `predictions`
+    "What a model sees in images"
+    results = predictions(run, images, bs=bs, device=device, **kwargs)
+    if not progress: return list(results)
     with redirect_stdout(sys.stderr):    # where fastprogress shall draw
-        for start in progress_bar(starts, leave=False) if progress else starts:
-            batch, pixels = [], []
-            for name, image in pairs[start:start + bs]:
-                batch.append({'file': name})
-                try: pixels.append(prep(image))
-                except (ValueError, OSError) as e: batch[-1]['error'] = str(e)
-            if pixels: _classify(model, prep, torch.stack(pixels).to(device), [r for r in batch if 'error' not in r])
-            results += batch
-    return results
-
-def _classify(model, prep, pixels, results):
-    "Add to each of `results` what the model says of its `pixels` `(n c h w)`"
-    probs = model(prep.normalise(pixels)).float().softmax(1).cpu()
-    for result, p in zip(results, probs.tolist(), strict=True):
-        index = max(range(len(p)), key=p.__getitem__)
-        label = prep.labels[index] if prep.labels else str(index)
-        result |= {'class': label, 'index': index, 'probability': p[index], 'probabilities': p}
+        return list(progress_bar(results, total=len(_images(images)), leave=False))
 
 # %% ../nbs/09_runs.ipynb #explain2
 def explain(

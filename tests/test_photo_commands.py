@@ -1,0 +1,200 @@
+"""What a person does with pictures around a training: predictions in a stream, a page to drop pictures on."""
+import csv, json, shutil, threading, urllib.error, urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit_nbdev.cli import vit_predict, vit_serve
+from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.runs import load_model, predict, predictions, save_model
+from vit_nbdev.serve import server
+from vit_nbdev.vit import vit
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "Two classes of pictures, square and oblong"
+    path, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for label, level in dict(dark=90, light=150).items():
+        (path/label).mkdir()
+        for i in range(12):
+            shape = (28, 28, 3) if i % 2 else (60, 44, 3)
+            Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i:02}.png')
+    return path
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run folder of a tiny model with random weights, whose head says something"
+    torch.manual_seed(0)
+    model = vit('mnist', in_chans=3, n_classes=2, depth=1)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    prep = Preprocessing(28, [0.4]*3, [0.2]*3, labels=('dark', 'light'))
+    path = tmp_path_factory.mktemp('runs')/'tiny'
+    save_model(model, path, prep, settings=dict(model='mnist', data='folder'), parameters=1)
+    return path
+
+# --- predictions in a stream ---
+
+def test_threads_and_batches_change_nothing(run, pictures):
+    "The plain loop, and any number of threads and images at a time: the same results in the same order"
+    model, _ = load_model(run)
+    files = sorted(pictures.rglob('*.png'))
+    x = torch.stack([model.preprocessing(f) for f in files])
+    with torch.no_grad(): expected = model(model.preprocessing.normalise(x)).softmax(1)
+    assert expected[:, 0].std() > 0.01
+    for bs, workers in ((64, 1), (5, 3), (1, 2)):
+        found = list(predictions(run, pictures, bs=bs, workers=workers, device='cpu'))
+        assert [r['file'] for r in found] == list(map(str, files))
+        assert np.allclose([r['probabilities'] for r in found], expected, atol=1e-6)
+        assert [r['index'] for r in found] == expected.argmax(1).tolist()
+
+def test_results_come_before_the_rest_is_read(run, pictures, monkeypatch):
+    "The first result asks for no more than three batches, and whoever stops there has nothing else read"
+    seen, call = [], Preprocessing.__call__
+    monkeypatch.setattr(Preprocessing, '__call__', lambda self, image: seen.append(image) or call(self, image))
+    stream = predictions(run, [pictures]*10, bs=4, workers=2, device='cpu')
+    first = next(stream)
+    assert first['file'] == str(seen[0]) and len(seen) <= 3*4 + 2
+    list(islice(stream, 11))
+    stream.close()
+    assert len(seen) <= 5*4 + 2
+
+def test_features_are_what_the_head_reads(run, pictures, tmp_path):
+    model, _ = load_model(run)
+    files = sorted(pictures.rglob('*.png'))
+    vit_predict.__wrapped__(str(run), [str(pictures)], features=str(tmp_path/'x.npz'), bs=7, device='cpu')
+    saved = np.load(tmp_path/'x.npz')
+    assert saved['files'].tolist() == list(map(str, files)) and saved['features'].dtype == np.float32
+    x = model.preprocessing.normalise(torch.stack([model.preprocessing(f) for f in files]))
+    with torch.no_grad():
+        features = model.pool(model.forward_features(x))
+        logits = model(x)
+    assert np.allclose(saved['features'], features, atol=1e-5)
+    assert np.allclose(saved['features'] @ model.head.weight.detach().numpy().T + model.head.bias.detach().numpy(),
+                       logits, atol=1e-4)
+
+def test_a_model_without_classes_gives_features(pictures):
+    model = vit('mnist', in_chans=3, n_classes=0, depth=1).eval()
+    model.preprocessing = Preprocessing(28, [0.4]*3, [0.2]*3)
+    with pytest.raises(ValueError, match='names no classes: ask for them'): predict(model, pictures)
+    found = predict(model, pictures, features=True, device='cpu')
+    assert len(found) == 24 and set(found[0]) == {'file', 'features'}
+    assert found[0]['features'].shape == (model.config.dim,)
+
+def test_lines_tables_and_files_that_cant_be_read(run, pictures, tmp_path, capsys):
+    "One JSON object a line and one row a picture, the same as `predict`; a bad file is named, and costs no other"
+    (tmp_path/'bad.png').write_text('no image')
+    args = [str(pictures/'dark'), str(tmp_path/'bad.png'), str(pictures/'light')]
+    with pytest.raises(SystemExit) as e:
+        vit_predict.__wrapped__(str(run), args, json=True, csv=str(tmp_path/'a.csv'), features=str(tmp_path/'a.npz'),
+                                device='cpu')
+    assert e.value.code == 1
+    out, err = capsys.readouterr()
+    expected = [r for r in predict(run, args, device='cpu') if 'error' not in r]
+    assert [json.loads(line) for line in out.splitlines()] == expected and len(expected) == 24
+    rows = list(csv.DictReader((tmp_path/'a.csv').open()))
+    assert [[r['file'], r['class'], int(r['index']), float(r['probability'])] for r in rows] == \
+           [[r['file'], r['class'], r['index'], r['probability']] for r in expected]
+    assert np.load(tmp_path/'a.npz')['files'].tolist() == [r['file'] for r in expected]
+    assert f"{tmp_path/'bad.png'} can't be read" in err and '1 of 25 files could not be read' in err
+
+def test_what_exists_is_not_overwritten(run, pictures, tmp_path, capsys):
+    table = tmp_path/'a.csv'
+    table.write_text('mine')
+    with pytest.raises(SystemExit, match='a.csv exists: choose another name, or --force to replace it'):
+        vit_predict.__wrapped__(str(run), [str(pictures)], csv=str(table), device='cpu')
+    assert table.read_text() == 'mine'
+    vit_predict.__wrapped__(str(run), [str(pictures)], csv=str(table), force=True, device='cpu')
+    assert len(table.read_text().splitlines()) == 25 and capsys.readouterr().out == ''
+    for option, words in dict(csv='must end in .csv', features='must end in .npz').items():
+        with pytest.raises(SystemExit, match=words):
+            vit_predict.__wrapped__(str(run), [str(pictures)], **{option: str(tmp_path/'x.txt')}, device='cpu')
+    with pytest.raises(SystemExit, match='there is no folder .*nowhere for a.csv'):
+        vit_predict.__wrapped__(str(run), [str(pictures)], csv=str(tmp_path/'nowhere'/'a.csv'), device='cpu')
+    with pytest.raises(SystemExit, match='workers is 0, but must be above zero'):
+        vit_predict.__wrapped__(str(run), [str(pictures)], workers=0, device='cpu')
+
+def test_an_image_may_have_several_labels(run, pictures):
+    "Then each class has a probability of its own"
+    model, _ = load_model(run)
+    model.preprocessing = replace(model.preprocessing, several=True)
+    found = predict(model, pictures, device='cpu')
+    x = torch.stack([model.preprocessing(f) for f in sorted(pictures.rglob('*.png'))])
+    with torch.no_grad(): p = model(model.preprocessing.normalise(x)).sigmoid()
+    assert np.allclose([r['probabilities'] for r in found], p, atol=1e-6)
+    assert [r['classes'] for r in found] == [[c for c, q in zip(('dark', 'light'), row) if q >= 0.5] for row in p]
+    assert len({tuple(r['classes']) for r in found}) > 1
+    with pytest.raises(ValueError, match="several='yes' must be True or False"):
+        Preprocessing(28, [0.], [1.], in_chans=1, several='yes')
+
+# --- a page to drop pictures on ---
+
+@contextmanager
+def serving(run, **kwargs):
+    "The address at which a run is served"
+    with server(run, port=0, device='cpu', **kwargs) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        try: yield f'http://127.0.0.1:{web.server_port}'
+        finally: web.shutdown()
+
+def post(url, data=None, **headers):
+    "Status and answer"
+    try: reply = urllib.request.urlopen(urllib.request.Request(url, data, headers))
+    except urllib.error.HTTPError as e: reply = e
+    with reply: return reply.status, json.loads(reply.read())
+
+def test_the_page_answers_as_vit_predict_does(run, pictures):
+    with serving(run) as at:
+        for file in sorted(pictures.rglob('*.png'))[10:14]:
+            p = predict(run, file, device='cpu')[0]['probabilities']
+            status, found = post(f'{at}/predict', file.read_bytes())
+            assert status == 200 and dict(found['top']) == dict(zip(('dark', 'light'), p))
+            assert found['top'][0][1] == max(p)
+
+def test_what_a_server_refuses(run, pictures):
+    with serving(run, max_mb=0.01) as at:
+        assert post(f'{at}/predict', b'no picture') == \
+               (400, dict(error="the picture can't be read as an image: replace it or take it away"))
+        assert post(f'{at}/predict', b'')[1]['error'].startswith('the picture is empty')
+        assert post(f'{at}/predict', bytes(10_001)) == \
+               (413, dict(error='the picture has more than 0.01 MB: make it smaller'))
+        assert post(f'{at}/../config.json')[0] == 404 and post(f'{at}/', b'x')[0] == 404
+        assert post(f'{at}/predict', (pictures/'dark'/'01.png').read_bytes())[0] == 200     # it goes on
+        with pytest.raises(OSError, match=r'port \d+ is taken: choose another'): server(run, port=int(at.split(':')[2]))
+    with pytest.raises(ValueError, match='port is 70000'): server(run, port=70000)
+    with pytest.raises(SystemExit, match='vit_serve: there is no run folder nowhere'):
+        vit_serve.__wrapped__('nowhere')
+
+def test_the_page_in_a_browser(run, pictures, tmp_path):
+    "Pictures are dropped and answered; names that look like HTML are text, and nothing asks for another address"
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+    if path is None: pytest.skip('no chromium on the PATH')
+    model, _ = load_model(run)
+    evil = '<img src=x onerror="document.title=1">'
+    model.preprocessing = replace(model.preprocessing, labels=(evil, f'{evil}2'))
+    data = (pictures/'dark'/'01.png').read_bytes()
+    files = [dict(name=f'{evil}.png', mimeType='image/png', buffer=data), dict(name='b', mimeType='', buffer=b'none')]
+    p = predict(model, pictures/'dark'/'01.png', device='cpu')[0]
+    troubles, asked = [], []
+    with serving(model) as at, playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        tab = browser.new_page()
+        tab.on('pageerror', lambda e: troubles.append(str(e)))
+        tab.on('request', lambda r: asked.append(r.url))
+        tab.goto(at)
+        tab.set_input_files('#files', files)
+        tab.wait_for_function("document.querySelectorAll('.said').length == 2")
+        tab.wait_for_function("[...document.querySelectorAll('.said')].every(p => p.textContent != 'looking …')")
+        said = tab.eval_on_selector_all('.said', 'ps => ps.map(p => p.textContent)')
+        assert said == [f"{p['class']} ({100*p['probability']:.1f} %)",
+                        "the picture can't be read as an image: replace it or take it away"]
+        assert tab.eval_on_selector_all('h2', 'hs => hs.map(h => h.textContent)') == [f'{evil}.png', 'b']
+        assert tab.eval_on_selector_all('img', 'ims => ims.length') == 2 and tab.title() == 'What does the model see?'
+        assert tab.locator('td').first.text_content() == p['class']
+        browser.close()
+    assert troubles == [] and all(url.startswith((at, 'blob:', 'data:')) for url in asked)
