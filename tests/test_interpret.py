@@ -883,3 +883,29 @@ loaded = {'fastai', 'matplotlib', 'sklearn', 'torchvision', 'pandas', 'IPython'}
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, '-c', code], check=True)
+
+@pytest.mark.parametrize('pool', ['cls', 'map'])
+def test_one_map_does_not_hold_the_weights_of_all_blocks(pool, monkeypatch):
+    "The values are those of all the maps; when weights are made, the others are gone, but for the one block asked for"
+    import weakref
+
+    from vit_nbdev import attention
+    model = vit('digits', pool=pool).eval()
+    x = torch.randn(3, 1, 8, 8)
+    maps = attention_maps(model, x)
+    read = interpret._record(model, x)[1]
+    steps = dict(rollout=attention_rollout(maps)[:, -1], attention=maps[:, 1].mean(dim=1))
+    found, made = [], attention.attention_weights
+    def watched(*args):
+        assert sum(ref() is not None for ref in found) <= (method == 'attention')
+        weights = made(*args)
+        found.append(weakref.ref(weights))
+        return weights
+    monkeypatch.setattr(attention, 'attention_weights', watched)
+    for method, step in steps.items():
+        found.clear()
+        heat = heat_map(model, x, method, layer=1).flatten(1)
+        expected = torch.einsum('bn,bnm->bm', read, step)[:, model.n_prefix:]
+        torch.testing.assert_close(heat, expected, rtol=1e-6, atol=1e-7)
+        blocks = model.config.depth if method == 'rollout' else 1
+        assert len(found) == blocks + (pool == 'map')

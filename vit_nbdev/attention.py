@@ -352,13 +352,16 @@ def _attention_modules(model, names):
 def record_attention(
     model: nn.Module,                  # any module that holds `MultiHeadAttention`s
     names: list[str]|None = None,      # dotted names of those to record; default all
+    reduce=None,                       # what is kept of the weights of each `(b h n m)`; default: all of them
 ):                                     # gives a dict `{name: weights (b h n m)}`, filled as the model runs
     "Record what each attention attends to while the fused kernel goes on computing its output"
     weights, handles = {}, []
     def recorder(name):
         def hook(module, args, out):
             q, k, _, mask = args
-            with torch.no_grad(): weights[name] = attention_weights(q, k, mask)
+            with torch.no_grad():
+                found = attention_weights(q, k, mask)
+                weights[name] = found if reduce is None else reduce(found)
         return hook
     try:
         for name, attn in _attention_modules(model, names).items():

@@ -52,12 +52,17 @@ def _one_image(image):
     return image[None]
 
 # %% ../nbs/06_interpret.ipynb #555af3da
-def _record(model, x):
-    "One forward pass: weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, logits"
+def _record(model, x, layer=None, reduce=None):
+    """One forward pass: weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, logits
+
+    With `layer` of this block alone, with `reduce` what it keeps of each: for one map nobody has to hold them all.
+    """
+    pool = ['attn_pool.attn']*(model.config.pool == 'map')
+    names = None if layer is None else [f'encoder.blocks.{layer}.attn', *pool]
     x = _images(x)
     with _evaluating(model), torch.no_grad():
         _grid(x, model.config)
-        with record_attention(model) as weights: logits = model(x)
+        with record_attention(model, names, reduce) as weights: logits = model(x)
     maps = torch.stack([w for name, w in weights.items() if name.startswith('encoder.')], dim=1)
     read = _reads(model, maps[0, 0, 0, 0]).repeat(len(x), 1)
     if model.config.pool == 'map': read[:, _asked(model)] = weights['attn_pool.attn'][:, :, 0].mean(dim=1)
@@ -155,11 +160,12 @@ def _pick(name, i, n, what):
 def _token_map(model, x, method, target, layer, head):
     "A number per token `(b n)`, by one of `METHODS`"
     if method == 'relevance': return relevance(model, x, target)
-    maps, read, _ = _record(model, x)
-    if method == 'rollout': step = attention_rollout(maps)[:, -1]
+    if method == 'rollout':
+        maps, read, _ = _record(model, x, reduce=lambda weights: weights.mean(dim=1, keepdim=True))
+        step = attention_rollout(maps)[:, -1]
     else:
-        step = maps[:, _pick('layer', layer, maps.shape[1], 'blocks')]
-        step = step.mean(dim=1) if head is None else step[:, _pick('head', head, maps.shape[2], 'heads')]
+        maps, read, _ = _record(model, x, _pick('layer', layer, model.config.depth, 'blocks') % model.config.depth)
+        step = maps[:, 0].mean(dim=1) if head is None else maps[:, 0, _pick('head', head, maps.shape[2], 'heads')]
     return torch.einsum('bn,bnm->bm', read, step)
 
 def heat_map(
