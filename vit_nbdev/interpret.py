@@ -57,11 +57,11 @@ def _record(model, x, layer=None, reduce=None):
 
     With `layer` of this block alone, with `reduce` what it keeps of each: for one map nobody has to hold them all.
     """
-    pool = ['attn_pool.attn']*(model.config.pool == 'map')
-    names = None if layer is None else [f'encoder.blocks.{layer}.attn', *pool]
     x = _images(x)
     with _evaluating(model), torch.no_grad():
         _grid(x, model.config)
+        pool = ['attn_pool.attn']*(model.config.pool == 'map')
+        names = None if layer is None else [f'encoder.blocks.{layer}.attn', *pool]
         with record_attention(model, names, reduce) as weights: logits = model(x)
     maps = torch.stack([w for name, w in weights.items() if name.startswith('encoder.')], dim=1)
     read = _reads(model, maps[0, 0, 0, 0]).repeat(len(x), 1)
