@@ -7,11 +7,15 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
 from PIL import Image
 
 from vit_nbdev.cli import vit_predict, vit_serve
+from vit_nbdev.data import digits_dls
+from vit_nbdev.learner import Checkpoint, KeepBest, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.runs import load_model, predict, predictions, save_model
+from vit_nbdev.runs import load_model, predict, predictions, save_model, train
 from vit_nbdev.serve import server
 from vit_nbdev.vit import vit
 
@@ -198,3 +202,49 @@ def test_the_page_in_a_browser(run, pictures, tmp_path):
         assert tab.locator('td').first.text_content() == p['class']
         browser.close()
     assert troubles == [] and all(url.startswith((at, 'blob:', 'data:')) for url in asked)
+
+# --- the best epoch, and images that are mixed ---
+
+def fitted(*cbs, epochs=6):
+    set_seed(0)
+    learn = vit_learner(digits_dls(device='cpu'), 'digits', cbs=[*cbs])
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr=0.02)
+    return learn
+
+class Died(Exception): pass
+
+class Dies(Callback):
+    order = 80
+    def __init__(self, epoch): self.at = epoch
+    def after_epoch(self):
+        if self.epoch == self.at: raise Died('here')
+
+def test_the_best_epoch_is_kept(tmp_path):
+    "Also by a training that was interrupted after its best epoch; patience ends it, the same way both times"
+    plain = fitted()
+    scores = [[acc, -loss] for _, loss, acc in plain.recorder.values]
+    best = scores.index(max(scores))
+    learn = fitted(KeepBest())
+    assert learn.recorder.values == plain.recorder.values and learn.keep_best.best == best < 5
+    assert learn.validate()[1] == scores[best][0] != plain.validate()[1]
+    with pytest.raises(Died): fitted(KeepBest(), Checkpoint(tmp_path/'c.pt'), Dies(best))
+    again = fitted(KeepBest(), Checkpoint(tmp_path/'c.pt'))
+    for a, b in zip(again.model.parameters(), learn.model.parameters()): assert torch.equal(a, b)
+    stopped = fitted(KeepBest(patience=1))
+    first = next(i for i in range(1, 6) if scores[i] < max(scores[:i]))
+    assert len(stopped.recorder.values) == first + 1 and stopped.keep_best.stopped
+    assert stopped.validate()[1] == max(scores[:first])[0]
+
+def test_a_run_that_stops_early_says_so(tmp_path, capsys):
+    out = train(epochs=8, lr=0.05, early_stop=1, cutmix=0.5, rand_augment=3, seed=0, device='cpu', out=tmp_path/'run')
+    config = json.loads((out/'config.json').read_text())
+    rows = [[float(r['accuracy']), -float(r['valid_loss'])] for r in csv.DictReader((out/'metrics.csv').open())]
+    assert config['epochs_trained'] == len(rows) and config['best_epoch'] == rows.index(max(rows)) + 1
+    assert f"kept    epoch {config['best_epoch']} of {len(rows)}, the best" in capsys.readouterr().out
+    assert {k: config['settings'][k] for k in ('cutmix', 'rand_augment', 'early_stop')} == \
+           dict(cutmix=0.5, rand_augment=3, early_stop=1)
+
+def test_options_that_cant_be(tmp_path):
+    for options, words in ((dict(mixup=1., cutmix=1.), 'choose one of them'), (dict(early_stop=-1), 'early_stop is -1'),
+                           (dict(rand_augment=31), 'must be from 1 to 30'), (dict(cutmix=-1.), 'cutmix is -1')):
+        with pytest.raises(ValueError, match=words): train(device='cpu', out=tmp_path/'run', **options)

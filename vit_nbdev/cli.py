@@ -70,6 +70,7 @@ def _heard_once():
     signal.signal(signal.SIGINT, signal.default_int_handler)    # not after an error: the program is about to end
 
 # %% ../nbs/10_cli.ipynb #3539bb42
+# longer than 40 lines: nearly all of them are the options, each with its comment
 @call_parse
 def vit_train(
     data:str=None,        # digits, mnist, fashion_mnist, cifar10, or a folder with a folder per class (default: digits)
@@ -94,6 +95,9 @@ def vit_train(
     layer_decay:float=None, # a block's learning rate as a fraction of that of the block above (default: the recipe's)
     wd:float=None,        # weight decay (default: the recipe's)
     mixup:float=None,     # alpha of mixup (default: the recipe's)
+    cutmix:float=None,    # alpha of CutMix, in place of mixup (default: the recipe's)
+    rand_augment:int=None, # magnitude of RandAugment, 1 to 30 (default: the recipe's)
+    early_stop:int=None,  # stop after so many epochs without a better one in validation, and keep the best
     stream:store_true=False, # read a folder's pictures as needed, in random crops (default: if memory is short)
     workers:int=None,     # processes that read them, which implies --stream (default: one a core, 8 at most)
     out:str=None,         # the run folder (default: runs/<recipe>, numbered if taken)
@@ -107,7 +111,7 @@ def vit_train(
               img_size=img_size, precision=precision, compile=compile, out=out, force=force, resume=resume,
               flip=flip, class_weights=class_weights, resize=resize, value_range=value_range, skip_bad=skip_bad,
               pretrained=pretrained, freeze=freeze, layer_decay=layer_decay, wd=wd, mixup=mixup, stream=stream,
-              workers=workers)
+              workers=workers, cutmix=cutmix, rand_augment=rand_augment, early_stop=early_stop)
 
 # %% ../nbs/10_cli.ipynb #cli00011
 def _one_or_more(help):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEM', 'RECIPES', 'FORMAT', 'vit_groups', 'AdamW', 'adamw', 'Threads', 'ViTLearner', 'head_groups', 'normalise_as',
-           'vit_learner', 'EMA', 'weighted_loss', 'Recipe', 'whole_file', 'save_atomic', 'load_checkpoint',
+           'vit_learner', 'EMA', 'KeepBest', 'weighted_loss', 'Recipe', 'whole_file', 'save_atomic', 'load_checkpoint',
            'Checkpoint', 'DealtDL', 'deal']
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
@@ -20,11 +20,11 @@ import torch
 from .data import RandAugment, RandomErase, small_affine   # the first to import fastai: it does so in silence
 import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a bar and pictures of images
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixUp
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
-from fastai.learner import CancelEpochException, Learner
+from fastai.learner import CancelEpochException, CancelFitException, Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.optimizer import Optimizer
@@ -299,6 +299,42 @@ def _show(self: EMA, average: bool):
         a.copy_(other)
     self.shown = average
 
+# %% ../nbs/04_learner.ipynb #e4768dca
+class KeepBest(Callback):
+    "End with the weights that were best in validation; stop after some epochs without a better one"
+    order = 64                     # after `EMA` has put into the model what is judged, before `Checkpoint` writes
+    def __init__(self,
+        patience: int = 0,         # epochs without a better one, after which training ends; 0: never
+    ): self.patience = patience
+
+    def before_fit(self):
+        self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
+        if not self.idle: self.score, self.best, self.last, self.weights, self.stopped = None, 0, 0, {}, False
+
+    def before_epoch(self):
+        self.stopped = not self.idle and 0 < self.patience <= self.last - self.best
+        if self.stopped: raise CancelFitException      # only now, so that the last epoch was written down
+
+    def after_epoch(self):
+        if self.idle: return
+        _, loss, *metrics = map(float, self.recorder.values[-1])
+        score, self.last = [*metrics[:1], -loss], self.epoch
+        if self.score is not None and not score > self.score: return
+        self.score, self.best = score, self.epoch
+        self.weights = {k: v.detach().clone() for k, v in get_model(self.learn.model).state_dict().items()}
+
+    def after_fit(self):
+        if self.idle: return
+        if self.weights: get_model(self.learn.model).load_state_dict(self.weights)
+        self.weights = {}
+
+    def state_dict(self): return dict(score=self.score, best=self.best, last=self.last, weights=self.weights)
+    def load_state_dict(self, state):
+        if get_model(self.learn.model).state_dict().keys() != state['weights'].keys():
+            raise ValueError("the best weights are those of another model")
+        self.score, self.best, self.last = list(map(float, state['score'])), int(state['best']), int(state['last'])
+        self.weights = state['weights']
+
 # %% ../nbs/04_learner.ipynb #39069c6a
 def weighted_loss(
     dls: DataLoaders,             # of `tensor_dls` or one of its kin
@@ -325,6 +361,7 @@ class Recipe:
     label_smoothing: float = 0.  # as in `vit_learner`
     ema: float = 0.              # decay of `EMA`; 0: none
     mixup: float = 0.            # alpha of fastai's `MixUp` (Zhang 2017); 0: none
+    cutmix: float = 0.           # alpha of fastai's `CutMix` (Yun 2019); 0: none
     clip: float = 0.             # norm to which gradients are clipped; 0: none
     augment: dict = field(default_factory=dict)   # arguments of `small_affine`
     erase: float = 0.            # fraction of the images in which `RandomErase` hides a rectangle
@@ -333,6 +370,8 @@ class Recipe:
     pretrained: str = ''         # published weights in place of `model`: a source of `load_pretrained`
     freeze: bool = False         # train the last norm and the head, and leave the rest as it is
     layer_decay: float = 0.      # as in `vit_learner`; 0: none
+    keep_best: bool = False      # end with the epoch that was best in validation (`KeepBest`), else with the last
+    early_stop: int = 0          # stop after so many epochs without a better one, and keep the best; 0: never
     measured: str = ''           # test accuracy in %, mean and standard deviation of the seeds, time and device
 
     def transforms(self) -> list:  # for the `augment` of a data set's loaders
@@ -343,8 +382,10 @@ class Recipe:
         return [*([small_affine(**self.augment)] if any(moves) else []), *erase, *rand_augment]
 
     def callbacks(self) -> list:   # for the `cbs` of a learner
-        parts = {EMA: self.ema, MixUp: self.mixup, GradientClip: self.clip}
-        return [callback(value) for callback, value in parts.items() if value]
+        if self.mixup and self.cutmix: raise ValueError("mixup and cutmix mix the same images: choose one of them")
+        parts = {EMA: self.ema, MixUp: self.mixup, CutMix: self.cutmix, GradientClip: self.clip}
+        best = [KeepBest(self.early_stop)] if self.keep_best or self.early_stop else []
+        return [callback(value) for callback, value in parts.items() if value] + best
 
     def config(self, dls: DataLoaders) -> ViTConfig:   # of the model for these images
         return vit_config(self.model, **_images(dls) | self.changes)

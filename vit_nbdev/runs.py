@@ -112,12 +112,13 @@ def _choose_recipe(data, path, recipe):
 
 # %% ../nbs/09_runs.ipynb #run00007
 def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precision, compile, flip, class_weights,
-              pretrained, freeze, layer_decay, wd, mixup, **read):
+              pretrained, freeze, layer_decay, wd, mixup, cutmix, rand_augment, early_stop, **read):
     "All that defines a run, checked, as words and numbers: the recipe with what was changed in it, and the rest"
     recipe = _finetuned(data, recipe, model, pretrained, freeze)
     name, path = _choose_recipe(data, path, recipe)
     changed = dict(model=model, epochs=epochs, bs=bs, lr=lr, pretrained=pretrained, freeze=freeze,
-                   layer_decay=layer_decay, wd=wd, mixup=mixup)
+                   layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix, rand_augment=rand_augment,
+                   early_stop=early_stop)
     changed = {k: v for k, v in changed.items() if v is not None}
     if model is not None: changed['changes'] = {}     # they belong to the recipe's own model
     if pretrained: changed['model'] = Path(pretrained).name
@@ -170,7 +171,8 @@ def _check_settings(s):
     how = {k: s[k] for k in ('resize', 'value_range') if s.get(k) is not None}
     Preprocessing(s['img_size'] or 224, [0.5], [0.5], in_chans=1, **how)          # likewise
     if not 0 <= s['layer_decay'] <= 1: raise ValueError(f"layer_decay is {s['layer_decay']}, but must be from 0 to 1")
-    if s['wd'] < 0 or s['mixup'] < 0: raise ValueError(f"wd ({s['wd']}) and mixup ({s['mixup']}) can't be below zero")
+    for name in ('wd', 'mixup', 'cutmix', 'early_stop'):
+        if not 0 <= s[name] < 1e6: raise ValueError(f"{name} is {s[name]}, but must not be below zero, nor above 1e6")
     if s['precision'] not in ('fp32', 'bf16', 'fp16', 'auto'):
         raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16, fp16 or auto")
     r = _recipe(s)
@@ -385,7 +387,8 @@ def _fit(learn, recipe, sync_bn):
     if num_distrib() > 1: torch.distributed.barrier()       # the first process has made the folder
     with learn.distrib_ctx(sync_bn=sync_bn): learn.fit_one_cycle(recipe.epochs)     # the learner has the rates
     done = len(learn.recorder.values)
-    if done < recipe.epochs:   # TerminateOnNaNCallback has ended it
+    best = getattr(learn, 'keep_best', None)
+    if done < recipe.epochs and not (best and best.stopped):   # TerminateOnNaNCallback has ended it
         step = len(learn.recorder.losses) + 1
         raise Diverged(f"the loss is no longer a finite number in epoch {done + 1}, step {step}: "
                        f"try a lower --lr than {recipe.lr}")
@@ -676,6 +679,9 @@ def train(
     layer_decay: float|None = None,  # a block's learning rate as a fraction of that of the block above; 0: none
     wd: float|None = None,       # weight decay; default as in the recipe
     mixup: float|None = None,    # alpha of mixup; default as in the recipe
+    cutmix: float|None = None,   # alpha of CutMix, in place of mixup; default as in the recipe
+    rand_augment: int|None = None,  # magnitude of RandAugment, 1 to 30; default as in the recipe
+    early_stop: int|None = None,   # stop after so many epochs without a better one, and keep the best
     stream: bool|None = None,    # read a folder's pictures as they are needed; default: if memory is short
     workers: int|None = None,    # processes that read them
     out: str|Path|None = None,   # the run folder; default `runs/<recipe>`, numbered
@@ -687,7 +693,8 @@ def train(
                  lr=lr, seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
                  class_weights=class_weights or None, resize=resize, value_range=_two_numbers(value_range),
                  skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze or None,
-                 layer_decay=layer_decay, wd=wd, mixup=mixup, stream=stream or None, workers=workers)
+                 layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix, rand_augment=rand_augment,
+                 early_stop=early_stop, stream=stream or None, workers=workers)
     for name, value in {**given, 'device': device, 'out': out, 'resume': resume}.items():
         if value is not None and str(value) == '': raise ValueError(f"{name} is empty: leave it out, or say which")
     device = get_device(device)
@@ -711,6 +718,9 @@ def train(
         facts = dict(settings=s, data=dls.facts)
         facts |= dict(device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1),
                      images_per_second=round(len(dls.train_ds)*r.epochs/seconds, 1))
+        if best := getattr(learn, 'keep_best', None):
+            facts |= dict(best_epoch=best.best + 1, epochs_trained=best.last + 1)
+            say(f"kept    epoch {best.best + 1} of {best.last + 1}, the best in validation")
         if rank_distrib(): return out
         accuracy, balanced = _finish(learn, test, dls.preprocessing, part, facts, say)
     say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)}), mean of the classes {percent(balanced)}")
