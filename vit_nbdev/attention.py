@@ -102,7 +102,7 @@ def attention_weights(
 ) -> Tensor:                   # `(... n m)`, rows sum to 1, or to 0 where a query may attend to nothing
     "Softmax of the scaled, masked scores (Vaswani 2017, equation 1), in float32 or finer"
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype) @ k.to(dtype).mT * (q.shape[-1]**-0.5 if scale is None else scale)
+    scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) * (q.shape[-1]**-0.5 if scale is None else scale)
     if mask is None: return scores.softmax(dim=-1)
     _check_mask(mask, scores.shape)
     if mask.dtype != torch.bool: scores, mask = scores + mask, mask != -torch.inf

@@ -109,7 +109,7 @@ def _check_field(name, value, prep):
         if not _is_side(value): want = 'a positive integer'
     elif name in ('mean', 'std'):
         if not _are(_is_number, value, c): want = f'{c} finite numbers, one for each channel (in_chans={c})'
-        elif name == 'std' and min(value) <= 0: want = 'above zero in each channel'
+        elif name == 'std' and min(value, default=1) <= 0: want = 'above zero in each channel'
     elif name == 'crop_pct':
         good = _is_number(value) and 0.01 <= value <= min(prep.img_size)
         if not good: want = 'a number above zero, 0.01 at least, that leaves a pixel'
@@ -216,11 +216,11 @@ def open_image(
     if not path.stat().st_size: raise ValueError(f"{file} is empty: replace it or take it away")
     try:
         with Image.open(path) as im:
+            several = getattr(im, 'is_animated', False) and im.format != 'MPO'    # a camera's, with its preview
             if opened: opened(im)
             im.load()
             upright = ImageOps.exif_transpose(im) if im.getexif().get(0x0112, 1) != 1 else im    # it always copies
             upright.format, upright.filename = im.format, str(file)
-            return upright
     except MemoryError: raise
     except Image.DecompressionBombError as e:
         raise ValueError(f"{file} has too many pixels to be read safely ({e}): make it smaller") from e
@@ -228,16 +228,19 @@ def open_image(
         if path.suffix.lower() in UNREAD:
             raise ValueError(f"{file} is of a format that pillow can't read here: convert it to JPEG or PNG") from e
         raise ValueError(f"{file} can't be read as an image: replace it or take it away") from e
+    if several: raise ValueError(f"{file} holds several pictures: save each that is meant as a file of its own")
+    return upright
 
 UNREAD = ('.heic', '.heif', '.avif', '.svg', '.svgz', '.jxl', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raw')
 
 # %% ../nbs/02a_preprocessing.ipynb #5c9c1928
 def _in_channels(prep, image):
     "The image with 8 bits in one or three channels; transparent parts become white"
-    if isinstance(image, np.ndarray): im, name = Image.fromarray(image), 'the array'
+    if isinstance(image, np.ndarray): im, name = _of_array(image), 'the array'
     elif isinstance(image, Image.Image): im, name = image, getattr(image, 'filename', '') or 'the image'
     elif isinstance(image, (str, Path)): im, name = open_image(image), str(image)
     else: raise TypeError(f"got a {type(image).__name__}, expected an image file, a PIL image or a uint8 array (h w c)")
+    if not all(im.size): raise ValueError(f"{name} has no pixels: {im.height} x {im.width}")
     if prep.in_chans not in (1, 3):
         raise ValueError(f"in_chans={prep.in_chans}: images are read as 1 channel (grey) or 3 (colour)")
     if prep.value_range and im.mode in ('1', 'P', 'PA'): im = im.convert('RGB')      # these are numbers of colours
@@ -247,6 +250,13 @@ def _in_channels(prep, image):
     mode = 'L' if prep.in_chans == 1 else 'RGB'
     try: return im if im.mode == mode else im.convert(mode)
     except ValueError as e: raise ValueError(f"{name} has colours of the kind {im.mode}: convert it to RGB") from e
+
+def _of_array(a):
+    "An array as an image: grey `(h w)`, or in colours, opaque or not"
+    if a.ndim == 2 or a.ndim == 3 and a.dtype == np.uint8 and a.shape[2] in (3, 4):
+        try: return Image.fromarray(a)
+        except TypeError: pass
+    raise ValueError(f"the array is {a.dtype} of shape {a.shape}: give uint8 of shape (h w) or (h w 3)")
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0041
 def _eight_bits(im, value_range, name):

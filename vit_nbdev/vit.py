@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Module):
         self.norm = norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
-        return self.norm(self.proj(x).flatten(2).mT)
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
 # %% ../nbs/02_vit.ipynb #e72d05b2
 def _halve(in_chans, out_chans):
@@ -70,7 +70,7 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(dim, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
-        return self.proj(self.convs(x)).flatten(2).mT
+        return self.proj(self.convs(x)).flatten(2).transpose(1, 2)
 
 # %% ../nbs/02_vit.ipynb #4af8e23d
 RESIZE = {   # `pos_resize`: arguments of F.interpolate                            as in
@@ -241,13 +241,13 @@ def resize_positions(
     "Stretch learned positions to another grid by interpolation (Dosovitskiy 2020, section 3.2)"
     if tuple(old) == tuple(new): return pos
     dtype = torch.promote_types(pos.dtype, torch.float32)        # bicubic needs float32 at least
-    image = pos.mT.unflatten(2, old).to(dtype)                   # (1 dim h w)
+    image = pos.transpose(1, 2).unflatten(2, old).to(dtype)      # (1 dim h w)
     kwargs = dict(RESIZE[method])
     offset, square = kwargs.pop('offset', 0), kwargs.pop('square', False)
     if offset: kwargs['scale_factor'] = [(n + offset)/o for n, o in zip(new, old)]
     else: kwargs['size'] = (max(new), max(new)) if square else tuple(new)
     h, w = new
-    return F.interpolate(image, **kwargs)[:, :, :h, :w].flatten(2).mT.to(pos.dtype)
+    return F.interpolate(image, **kwargs)[:, :, :h, :w].flatten(2).transpose(1, 2).to(pos.dtype)
 
 # %% ../nbs/02_vit.ipynb #7983b8d0
 class AttentionPool(nn.Module):
