@@ -14,7 +14,7 @@ from torch import nn
 from vit_nbdev.data import digits_dls, folder_dls
 from vit_nbdev.diagnose import diagnose
 from vit_nbdev.learner import vit_learner
-from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.preprocessing import Preprocessing, open_image
 from vit_nbdev.report import class_results, draw_pictures, figure, plain
 from vit_nbdev.runs import EpochLines, explain, load_model, predict, save_model, train, trained_model
 from vit_nbdev.vit import vit
@@ -285,3 +285,18 @@ def test_a_model_whose_head_is_its_embedding():
     torch.manual_seed(0)
     report = diagnose(Tied(), torch.randint(7, (4, 6)), show=False)
     assert [f.check for f in report] == ['positions']      # it has none
+
+# ---- one file, one picture ----
+
+@pytest.mark.parametrize('suffix', ['.gif', '.tiff', '.webp', '.png'])
+def test_a_file_of_several_pictures_is_refused(tmp_path, suffix):
+    frames = [Image.new('RGB', (4, 4), colour) for colour in ('black', 'white')]
+    frames[0].save(tmp_path/f'two{suffix}', save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=f'two{suffix} holds several pictures'): open_image(tmp_path/f'two{suffix}')
+    frames[1].save(tmp_path/f'one{suffix}')
+    assert np.asarray(open_image(tmp_path/f'one{suffix}').convert('RGB')).min() == 255
+
+def test_a_camera_may_keep_a_preview_behind_its_picture(tmp_path):
+    frames = [Image.new('RGB', (4, 4), colour) for colour in ('black', 'white')]
+    frames[0].save(tmp_path/'two.mpo', save_all=True, append_images=frames[1:])
+    assert np.asarray(open_image(tmp_path/'two.mpo')).max() == 0
