@@ -45,7 +45,7 @@ def test_train_leaves_a_whole_run(trained):
     assert [int(r['epoch']) for r in rows] == list(range(8))
     assert config['test_accuracy'] > 0.85 and config['settings']['epochs'] == 8
     assert f"test accuracy: {config['test_accuracy']:.2%}".replace('%', ' %') + ' (n=360)' in out
-    assert '1,257 images to train, 180 to validate, 360 to test' in out and '136,010 parameters' in out
+    assert '1,257 images to train, 180 to validate, 360 to test' in out and '140,554 parameters' in out
     for name in ('curves', 'confusion', 'predictions'):
         # something is drawn
         with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10
