@@ -18,7 +18,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "peers", "trained", "browser", "onnx", "site")},
+                    for name in ("dev", "peers", "trained", "browser", "lora", "onnx", "site")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
