@@ -11,6 +11,7 @@ from PIL import Image
 
 from programs import Program, shell
 from vit_nbdev.cli import vit_predict, vit_train
+from vit_nbdev.experiments import read_trials
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import explain, load_model, predict, save_model, train
@@ -54,13 +55,18 @@ def test_recipes_say_what_was_measured():
     "The figures in `RECIPES` are those that a notebook printed, or that its study wrote down"
     cells = json.loads((ROOT/'nbs'/'09_runs.ipynb').read_text(encoding='utf-8'))['cells']
     lines = [line for c in cells for o in c.get('outputs', []) for line in o.get('text', [])]
-    for name in ('digits', 'mnist-quick'):
-        found = [re.match(rf'{name}, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line)
-                 for line in lines]
-        accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
-        assert len(accuracies) == 3 and set(epochs) == {RECIPES[name].epochs}
-        accuracy = f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} %'
-        assert RECIPES[name].measured == f'{accuracy} (3 seeds), {seconds.mean():.0f} s on two CPU cores'
+    quick = RECIPES['mnist-quick']
+    found = [re.match(r'mnist-quick, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line)
+             for line in lines]
+    accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
+    assert len(accuracies) == 3 and set(epochs) == {quick.epochs}
+    accuracy = f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} %'
+    assert quick.measured == f'{accuracy} (3 seeds), {seconds.mean():.0f} s on two CPU cores'
+    digits = read_trials(ROOT/'nbs'/'studies'/'baselines.jsonl').query('name == "digits, ViT of vit_train"')
+    assert sorted(digits.seed) == list(range(10)) and all('epochs: 100' in s for s in digits.setting)
+    assert RECIPES['digits'].epochs == 100 and RECIPES['digits'].changes == dict(stem='conv')
+    accuracy = f'{digits.accuracy.mean():.2f} ± {digits.accuracy.std():.2f} %'
+    assert RECIPES['digits'].measured == f'{accuracy} (10 splits), {digits.seconds.median():.0f} s of one CPU thread'
     studies = [('mnist', 'mnist_record', 'record, convolutional stem', '', 'two CPU cores'),
                ('fashion_mnist', 'other_images', 'fashion_mnist', '; not the original split', 'two CPU cores'),
                ('cifar10', 'other_images', 'cifar10', '; JPEG images', 'one CPU core')]

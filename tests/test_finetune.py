@@ -104,7 +104,7 @@ BAD = {
     'cifar10': (dict(pretrained='trained', data='cifar10'), 'is for a folder of images, not for cifar10'),
     'no weights': (dict(pretrained='nowhere/x.pth'), 'nowhere/x.pth'),
     'layer decay': (dict(pretrained='trained', layer_decay=1.5), 'layer_decay is 1.5, but must be from 0 to 1'),
-    'wd': (dict(wd=-1.), r'wd \(-1.0\)'),
+    'wd': (dict(wd=-1.), 'wd is -1.0, but must not be below zero'),
     'workers': (dict(workers=-1), 'workers is -1, but must be from 0 to 256'),
     'stream': (dict(data='digits', stream=True), '--stream is for a folder of images, not for digits'),
     'no data': (dict(recipe='finetune', data=None, pretrained=None), "the recipe 'finetune' needs trained weights"),

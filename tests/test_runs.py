@@ -130,7 +130,7 @@ def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, 'forward', watch)
     model, config = load_model(runs.train(epochs=1, precision='auto', device='cpu', out=tmp_path/'run'))
     assert seen >= {torch.bfloat16} and config['settings']['precision'] == 'bf16'
-    assert {v.dtype for v in model.state_dict().values()} == {torch.float32}
+    assert {v.dtype for v in model.state_dict().values() if v.is_floating_point()} == {torch.float32}
 
 def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))

@@ -88,7 +88,7 @@ def vit_train(
     flip:store_true=False, # mirror half of the training images: only if no class changes, as arrows and letters do
     class_weights:store_true=False, # let each class count the same in the loss, however many images it has
     resize:str=None,      # pictures of a folder: crop (cut out the middle, the default), squash, or pad (add a border)
-    value_range:str=None, # black,white in a folder's files: 0,4095, or --value_range=-1,1 (default: what 8 and 16 bits mean)
+    value_range:str=None, # black,white in a folder's files: 0,4095, or --value_range=-1,1 (default: of 8 and 16 bits)
     skip_bad:store_true=False, # go on without the pictures of a folder that can't be read
     pretrained:str=None,  # fine-tune these weights on a folder: a name on the hub, a folder, a file, a run folder
     freeze:store_true=False, # with --pretrained: train only the head (default: all, with the recipe finetune)
