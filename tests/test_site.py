@@ -58,6 +58,35 @@ def test_broken_links(tmp_path, link, there):
     (tmp_path/'b.html').write_text('<h1 id="here">')
     assert site.broken_links(tmp_path) == ([] if there else [f'a.html -> {link}'])
 
+PIXEL = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+def cell(source, **data):
+    if not data: return dict(cell_type='markdown', metadata={}, source=source)
+    data = {kind.replace('_', '/'): value for kind, value in data.items()}
+    output = dict(output_type='display_data', metadata={}, data=data)
+    return dict(cell_type='code', metadata={}, source=source, outputs=[output], execution_count=None)
+
+def test_a_small_site(tmp_path, monkeypatch):
+    "A link in an output leads to the page, as one in the prose does; a picture has its caption as alternative text"
+    build = pytest.importorskip('sphinx.cmd.build')
+    pytest.importorskip('sphinx_book_theme')
+    monkeypatch.setattr(site, 'ROOT', tmp_path)
+    monkeypatch.setattr(site, 'mathjax', lambda folder: False)
+    for folder in ('nbs/images', 'nbs/studies', 'source', 'vit_nbdev'): (tmp_path/folder).mkdir(parents=True)
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\ngit_url = https://github.com/me/mine\n')
+    chapter = [cell('# Chapter'), cell('plot()', image_png=PIXEL), cell('*What to see: a\ndot.*\n\nThen prose.'),
+               cell('#| fig-alt: Another dot\nplot()', image_png=PIXEL), cell('plot()', image_png=PIXEL)]
+    index = [cell('# Front'), cell('show()', text_markdown='Read [the chapter](0.ipynb).')]
+    for name, cells in dict(index=index, **{'0': chapter}).items():
+        nb = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4)
+        (tmp_path/'nbs'/f'{name}.ipynb').write_text(json.dumps(nb))
+    site.write_sources(tmp_path/'source')
+    assert build.build_main(['-q', '-b', 'html', str(tmp_path/'source'), str(tmp_path/'site')]) == 0
+    assert '<a class="reference internal" href="0.html">' in (tmp_path/'site'/'index.html').read_text()
+    assert site.broken_links(tmp_path/'site') == []
+    pictures = re.findall(r'<img alt="([^"]*)"[^>]* src="_images', (tmp_path/'site'/'0.html').read_text())
+    assert pictures == ['a dot.', 'Another dot', 'what the code above draws; the text below says what it shows']
+
 def test_a_notebook_without_outputs_is_named(tmp_path, monkeypatch):
     bare = tmp_path/'bare.ipynb'
     bare.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=['1'], outputs=[])])))

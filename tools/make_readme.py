@@ -3,7 +3,7 @@
     python tools/make_readme.py           write README.md and its pictures in nbs/images/
     python tools/make_readme.py --check   change nothing; exit 1 if they are not what the notebook makes
 
-The directives `hide`, `echo: false` and `output: false` do what they do in nbdev's own pages.
+The directives `hide`, `echo: false`, `output: false` and `fig-alt` do what they do in nbdev's own pages.
 """
 import argparse, re, sys
 from pathlib import Path
@@ -19,13 +19,14 @@ def render():
     from nbdev.process import extract_directives
     from nbformat import reads
     nb = read_nb(ROOT/'nbs'/'index.ipynb')
-    cells = []
+    cells, alts = [], []
     for cell in nb.cells:
         flags = extract_directives(cell, remove=True) if cell.cell_type == 'code' else {}
         if cell.cell_type == 'raw' or 'hide' in flags: continue
         if flags.get('output:', [''])[0].lower() == 'false': cell.outputs = []
         if flags.get('echo:', [''])[0].lower() == 'false': cell.source = ''
         if cell.cell_type == 'code':
+            alts += [' '.join(flags.get('fig-alt:', []))]*sum('image/png' in o.get('data', {}) for o in cell.outputs)
             for out in cell.outputs: out.get('data', {}).pop('text/html', None)   # GitHub shows the plain form
         cells.append(cell)
     nb.cells = cells
@@ -35,7 +36,8 @@ def render():
     body = re.sub(r'```(python)?\n\n```\n', '', body)        # what `echo: false` leaves behind
     # links are seen from the root here
     body = re.sub(r'\]\(((?:images/|studies/)?[\w.-]+\.(?:ipynb|png))\)', r'](nbs/\1)', body)
-    body = re.sub(r' *\n!\[png\]\((.*?)\)\n *', r'\n![](\1)\n', body)
+    alts = iter(alts)
+    body = re.sub(r' *\n!\[png\]\((.*?)\)\n *', lambda found: f'\n![{next(alts)}]({found[1]})\n', body)
     while '\n\n\n' in body: body = body.replace('\n\n\n', '\n\n')
     return {'README.md': (HEAD + body.strip() + '\n').encode(), **resources['outputs']}
 

@@ -26,6 +26,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath', 'html_image']
 myst_heading_anchors = 4
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'
 suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header', 'misc.highlighting_failure']
 html_theme, html_title, html_static_path = 'sphinx_book_theme', 'vit_nbdev', ['_static']
 html_show_sourcelink = html_copy_source = False
@@ -36,13 +37,16 @@ html_theme_options = dict(
     launch_buttons=dict(colab_url='https://colab.research.google.com', binderhub_url='https://mybinder.org'))
 '''
 CSS = '''
-table.dataframe, table.docutils { display: block; overflow-x: auto; max-width: 100%; }
+.cell_output .output { overflow-x: auto; }
+.cell_output img, div.math svg { max-width: 100%; height: auto; }
+.cell_output table.dataframe { margin-bottom: 1.5rem; }
+.highlight pre { font-size: .8rem; }
 a.api code { text-decoration: underline dotted; }
-.cell_output pre, div.math { overflow-x: auto; }
+div.math { overflow-x: auto; }
 code.literal, h1, h2, h3 { overflow-wrap: anywhere; }
 code.literal span.pre { white-space: normal; }
+td code.literal { overflow-wrap: normal; }
 .prev-next-info { min-width: 0; overflow-wrap: anywhere; }
-@media (max-width: 600px) { div.math svg { max-width: 100%; } }
 '''
 
 def settings():
@@ -82,10 +86,20 @@ def repository_links(text, folder, url):
         return f'{found[1]}({url}/blob/main/{target.relative_to(ROOT)})'
     return re.sub(r'(\])\(([^)\s]*)\)', leads, text)
 
+def pictures_in_words(cells):
+    "Give each picture its alternative text: the cell's own `fig-alt`, or the caption in italics behind it"
+    for cell, behind in zip(cells, [*cells[1:], dict(source='')]):
+        if not any('image/png' in out.get('data', {}) for out in cell.get('outputs', [])): continue
+        alt = re.search(r'^#\| fig-alt: (.*)', ''.join(cell['source']), flags=re.M)
+        alt = alt or re.match(r'\*(?:What to see: )?([^*]+)\*', ''.join(behind['source']))
+        alt = ' '.join(alt[1].split()) if alt else 'what the code above draws; the text below says what it shows'
+        cell['metadata']['mystnb'] = dict(image=dict(alt=alt))
+
 def page(path, names, url):
     "A notebook as the site shows it, without directives and hidden cells"
     nb, kept = json.loads(path.read_text(encoding='utf-8')), []
     up = '../'*len(path.relative_to(ROOT/'nbs').parent.parts)
+    pictures_in_words(nb['cells'])
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         flags = {line[2:].split(':')[0].strip() for line in DIRECTIVE.findall(source)}
