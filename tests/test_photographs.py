@@ -1,16 +1,20 @@
 """Pictures that are read while the model trains: the same images as in memory, each once, what may go wrong."""
-import random
+import json, random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from vit_nbdev import data
-from vit_nbdev.data import describe, fact_lines, folder_dls
+from vit_nbdev import data, runs
+from vit_nbdev.cli import vit_train
+from vit_nbdev.data import describe, fact_lines, folder_dls, table_dls
+from vit_nbdev.learner import vit_learner
 from vit_nbdev.photographs import BadPicture, PictureFiles, RandomCrop, cropped
 from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.runs import predict, save_run, train
 
 PREP = Preprocessing(24, [0.4]*3, [0.3]*3)
 
@@ -177,3 +181,114 @@ def test_the_seed_decides(folder):
         return torch.cat([xb for xb, _ in folder_dls(folder, bs=4, augment=[], device='cpu', preprocessing=PREP,
                                                      stream=True, workers=0).train])
     assert torch.equal(epoch(1), epoch(1)) and not torch.equal(epoch(1), epoch(2))
+
+# --- a table of names and labels ---
+
+@pytest.fixture
+def table(folder):
+    "A CSV file that names the folder's pictures, in columns of its own and with stray spaces"
+    file = folder/'labels.csv'
+    rows = [f' {f.relative_to(folder)}, {f.parent.name} ' for f in sorted(folder.rglob('*.*'))]
+    file.write_text('\n'.join(['file , kind', *rows]) + '\n')
+    return file
+
+def test_a_table_is_the_folder_that_it_describes(folder, table):
+    "From a CSV file and from a DataFrame, in memory and streamed"
+    files, how = sorted(folder.rglob('?/*')), dict(bs=4, augment=False, device='cpu', preprocessing=PREP)
+    frame = pd.DataFrame(dict(name=files, label=[f.parent.name for f in files]))
+    expected = folder_dls(folder, **how)
+    for dls in (table_dls(table, name='file', label='kind', **how), table_dls(frame, stream=True, workers=0, **how)):
+        assert dls.preprocessing == expected.preprocessing and list(dls.vocab) == ['a', 'b']
+        for a, b in zip(dls, expected, strict=True):
+            assert torch.equal(a.dataset.x[:], b.dataset.x) and torch.equal(a.dataset.y, b.dataset.y)
+
+def test_a_table_names_its_splits(folder, table):
+    "A column `split` is taken as it is, and what it lacks is set apart"
+    rows = pd.read_csv(table).rename(columns=str.strip)
+    rows['split'] = [' Val ' if i % 6 == 5 else 'training' for i in range(24)]
+    dls = table_dls(rows, folder, 'file', 'kind', img_size=8, bs=4, device='cpu')
+    names = [[' '.join(map(str, pair)) for pair in zip(dl.dataset.y.tolist(), dl.dataset.x)] for dl in dls]
+    expected = torch.stack([dls.preprocessing(folder/f.strip()) for f in rows['file'][5::6]])
+    assert torch.equal(dls.valid_ds.x, expected) and [len(n) for n in names] == [17, 4, 3]
+    assert 'splits: train is what the table calls training, valid is what the table calls val, test set apart from ' \
+           'the training images' in fact_lines(describe(dls))
+    assert table_dls(rows.drop(columns='split'), folder, 'file', 'kind', img_size=8, device='cpu').valid_ds.c == 2
+
+def broken(file, rows):
+    file.write_text('\n'.join(rows) + '\n')
+    return file
+
+TABLES = {   # the rows, and what is said of them
+    'empty': ([], "labels.csv can't be read as a CSV file"),
+    'no row': (['name,label'], 'labels.csv holds no row$'),
+    'columns': (['file,kind', 'a/0.jpg,a'], 'no column label, name: its columns are file, kind; .*--columns'),
+    'one column': (['name;label', 'a/0.jpg;a'], 'no column label, name: its columns are name;label'),
+    'missing': (['name,label', 'a/0.jpg,a', 'a/x.jpg,b', 'a/y.jpg,b'], '2 of 3 files are not there: .*x.jpg, .*y'),
+    'no label': (['name,label', 'a/0.jpg,a', 'a/1.jpg, '], "column 'label' is empty in row 2"),
+    'twice': (['name,label', 'a/0.jpg,a', 'a/0.jpg,b'], 'names a/0.jpg twice'),
+    'one class': (['name,label', 'a/0.jpg,a', 'a/1.jpg, a'], 'has a to train with: two classes or more'),
+    'not trained': (['name,label,split', 'a/0.jpg,a,valid', 'b/1.jpg,b,test'], 'has no class to train with'),
+    'one to train': (['name,label,split', 'a/0.jpg,a,train', 'b/1.jpg,b,test'], 'has a to train with'),
+    'one split': (['name,label,split', 'a/0.jpg,a,train', 'b/1.jpg,b,train', 'b/2.jpg,c,valid'],
+                  'labels.csv: valid has classes that train lacks: c'),
+    'splits': (['name,label,split', 'a/0.jpg,a,train', 'b/1.jpg,b,later'], "column 'split' has later, expected train"),
+    'few': (['name,label', 'a/0.jpg,a', 'b/1.jpg,b'], "class 'a' has too few images .* splits train, valid and test"),
+}
+
+@pytest.mark.parametrize('case', TABLES)
+def test_a_table_that_cant_be_used(case, folder):
+    rows, said = TABLES[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        table_dls(broken(folder/'labels.csv', rows), bs=4, device='cpu')
+
+def test_a_class_that_only_training_has_is_said(folder):
+    rows = [f'{c}/{i}.jpg,{c},{"valid" if i > 9 and c == "a" else "train"}' for c in 'ab' for i in range(6, 12)]
+    dls = table_dls(broken(folder/'labels.csv', ['name,label,split', *rows]), img_size=8, bs=4, device='cpu')
+    assert 'note: the valid split has no image of b' in fact_lines(describe(dls))
+
+def test_vit_train_on_a_table(folder, table, tmp_path, monkeypatch, capsys):
+    "The run says what was understood, predicts, and goes on where it was stopped"
+    monkeypatch.chdir(tmp_path)
+    table = table.rename(tmp_path.parent/f'{tmp_path.name}.csv')
+    how = dict(path=str(folder), model='digits', img_size=16, bs=4, device='cpu', epochs=1, columns='file,kind')
+    vit_train.__wrapped__(str(table), stream=True, workers=0, **how)
+    run = tmp_path/'runs'/tmp_path.name
+    config = json.loads((run/'config.json').read_text())
+    assert config['settings']['path'] == str(table) and config['settings']['pictures'] == str(folder)
+    assert config['n_test'] == 4 and '16 images to train' in capsys.readouterr().out
+    assert predict(run, folder/'a'/'0.jpg', device='cpu')[0]['class'] in ('a', 'b')
+    with pytest.raises(SystemExit, match='vit_train: .*no column label, name: its columns are file, kind'):
+        vit_train.__wrapped__(str(table), **how | dict(columns=None))
+    with pytest.raises(SystemExit, match="columns is 'file', expected name,label or name,label,split"):
+        vit_train.__wrapped__(str(table), **how | dict(columns='file'))
+    with pytest.raises(SystemExit, match='--columns is for a CSV file'):
+        vit_train.__wrapped__(str(folder), columns='file,kind', device='cpu')
+    with pytest.raises(SystemExit, match='there is no table nowhere.csv'): vit_train.__wrapped__('nowhere.csv')
+
+def test_a_run_on_a_table_goes_on(folder, table, tmp_path):
+    "Also where the table and the pictures have moved"
+    (folder/'here').mkdir()
+    for name in 'ab': (folder/name).rename(folder/'here'/name)
+    how = dict(path=folder/'here', model='digits', img_size=16, bs=4, device='cpu', columns='file,kind')
+    whole = train(table, epochs=2, out=tmp_path/'whole', **how)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, '_finish', lambda *_: 1/0)
+        with pytest.raises(ZeroDivisionError): train(table, epochs=2, out=tmp_path/'run', **how)
+    table, there = table.rename(folder/'moved.csv'), (folder/'here').rename(folder/'there')
+    with pytest.raises(FileNotFoundError, match='labels.csv: say with --data where'): train(resume=tmp_path/'run')
+    again = train(table, path=there, resume=tmp_path/'run')
+    assert (again/'model.safetensors').read_bytes() == (whole/'model.safetensors').read_bytes()
+
+def test_several_labels_an_image(folder, tmp_path):
+    "In Python: the loaders, a fit, a run folder that predicts a probability for each label"
+    rows = [f'{c}/{i}.jpg,{c}; {"even" if i % 2 == 0 else ""}' for c in 'ab' for i in range(6, 12)]
+    dls = table_dls(broken(folder/'labels.csv', ['name,label', *rows]), delim=';', img_size=8, bs=4, device='cpu')
+    assert list(dls.vocab) == ['a', 'b', 'even'] and dls.preprocessing.several
+    assert sorted(map(tuple, torch.cat([dl.dataset.y for dl in dls]).tolist())) == sorted(
+        (float(c == 'a'), float(c == 'b'), float(i % 2 == 0)) for c in 'ab' for i in range(6, 12))
+    learn = vit_learner(dls, 'digits')
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    found = predict(save_run(learn, tmp_path/'run'), folder/'a'/'6.jpg', device='cpu')[0]
+    learn.model.eval()
+    with torch.no_grad(): p = learn.model(dls.preprocessing.normalise(dls.preprocessing(folder/'a'/'6.jpg'))[None])
+    assert found['probabilities'] == pytest.approx(p.sigmoid()[0].tolist(), abs=1e-6)

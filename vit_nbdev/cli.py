@@ -73,8 +73,9 @@ def _heard_once():
 # longer than 40 lines: nearly all of them are the options, each with its comment
 @call_parse
 def vit_train(
-    data:str=None,        # digits, mnist, fashion_mnist, cifar10, or a folder with a folder per class (default: digits)
-    path:str=None,        # folder in which the data set is kept (default: $VIT_NBDEV_DATA, else fastai's data folder)
+    data:str=None,        # digits (default), mnist, fashion_mnist, cifar10, a folder of folders, or a CSV file
+    path:str=None,        # where the data set is (default: $VIT_NBDEV_DATA, else fastai's); of a CSV: its files
+    columns:str=None,     # of a CSV file (default: name,label,split; with no split, 15 % are set apart twice)
     recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, finetune or probe
     model:str=None,       # size of the model: digits, mnist, cifar, Ti/16, S/16, B/16, ... (default: the recipe's)
     epochs:int=None,      # how often each training image is seen (default: the recipe's)
@@ -107,9 +108,10 @@ def vit_train(
     "Train a Vision Transformer, test it once, and leave weights, configuration, metrics and pictures in a run folder"
     with plain_errors('vit_train'):
         from vit_nbdev.runs import train
-        train(data, path=path, recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr, seed=seed, device=device,
-              img_size=img_size, precision=precision, compile=compile, out=out, force=force, resume=resume,
-              flip=flip, class_weights=class_weights, resize=resize, value_range=value_range, skip_bad=skip_bad,
+        train(data, path=path, columns=columns, recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr, seed=seed,
+              device=device, img_size=img_size, precision=precision, compile=compile, out=out, force=force,
+              resume=resume, flip=flip, class_weights=class_weights,
+              resize=resize, value_range=value_range, skip_bad=skip_bad,
               pretrained=pretrained, freeze=freeze, layer_decay=layer_decay, wd=wd, mixup=mixup, stream=stream,
               workers=workers, cutmix=cutmix, rand_augment=rand_augment, early_stop=early_stop)
 

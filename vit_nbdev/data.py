@@ -273,7 +273,7 @@ def tensor_dls(
     if preprocessing is None:
         _, c, h, w = train[0].shape
         preprocessing = Preprocessing((h, w), *channel_stats(train[0]), in_chans=c)
-    preprocessing = replace(preprocessing, labels=tuple(map(str, vocab)))
+    preprocessing = replace(preprocessing, labels=tuple(map(str, vocab)), several=train[1].dim() == 2)
     tfms = [IntToFloatTensor(), Normalize.from_stats(preprocessing.mean, preprocessing.std, cuda=False)]
     tfms += L([small_affine()] if augment is True else augment or [])
     def loader(i, split):
@@ -613,7 +613,7 @@ def _set_apart(path, found, vocab, seed):
         few, left = min(Counter(classes).items(), key=lambda item: item[1])
         if left < 3:
             raise ValueError(f"{path}: class {few!r} has too few images ({left} left) to set some apart for {split}: "
-                             "give every class four or more, or make folders train, valid and test")
+                             "give every class four or more, or make splits train, valid and test yourself")
         parts = _split(torch.tensor([vocab.index(c) for c in classes]), n, seed)
         found['train'], found[split] = [([files[i] for i in part], [classes[i] for i in part]) for part in parts]
     return {split: found[split] for split in ('train', 'valid', 'test')}
@@ -712,6 +712,11 @@ def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, 
     if stream := getattr(dls, 'stream', None): dls.source['stream'] = stream
     return dls
 
+def _as_asked(img_size, in_chans, resize, value_range):
+    "A `Preprocessing` whose mean and standard deviation are yet to be found"
+    return Preprocessing(img_size, [0.5]*in_chans, [0.5]*in_chans, in_chans=in_chans, resize=resize,
+                         value_range=value_range, fill=None if resize == 'crop' else 128)
+
 def _targets(labels, vocab):
     "Labels as numbers; lists of labels as 0 and 1 for each class"
     place = {c: i for i, c in enumerate(vocab)}
@@ -741,8 +746,7 @@ def folder_dls(
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: give one that holds a folder of images per class")
-    prep = preprocessing or Preprocessing(img_size, [0.5]*in_chans, [0.5]*in_chans, in_chans=in_chans, resize=resize,
-                                          value_range=value_range, fill=None if resize == 'crop' else 128)
+    prep = preprocessing or _as_asked(img_size, in_chans, resize, value_range)
     files, left_out = find_images(path)
     found, splits = _classes(path, files, left_out)
     vocab = _vocab(path, found, left_out)
@@ -756,17 +760,19 @@ def folder_dls(
 # longer than 40 lines: half of them are the arguments, each with its comment
 def table_dls(
     table,                                # a CSV file, or a DataFrame
-    path: str|Path = '.',                 # what the file names are relative to
+    path: str|Path|None = None,           # what the file names are relative to; default: the folder of the CSV file
     name: str = 'name',                   # the column of file names
     label: str = 'label',                 # the column of labels; stray spaces don't count
-    split: str|None = None,               # a column that says train, valid or test; else 15 % each are set apart
+    split: str|None = None,               # the column of train, valid and test; default: 'split', if there is one
     delim: str|None = None,               # between several labels of one image, such as ';'; None: one label
     img_size: int|tuple[int, int] = 64,   # this and all that follows: as in `folder_dls`
     in_chans: int = 3,
     bs: int = 64,
     augment: bool|Transform|list = True,
     device=None,
-    seed: int = 42,
+    seed: int = 42,                       # of the splits that no row names
+    resize: str = 'crop',
+    value_range: tuple[float, float]|None = None,
     skip_bad: bool = False,
     preprocessing: Preprocessing|None = None,
     stream: bool|None = None,
@@ -774,6 +780,8 @@ def table_dls(
 ) -> DataLoaders:                         # with several labels, `y` is 0 and 1 for each class
     "Images that a table names, in memory or streamed"
     rows, where = _rows(table, [name, label, *([split] if split else [])])
+    if split is None and 'split' in rows: split = 'split'
+    if path is None: path = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
     files = [Path(path)/str(f).strip() for f in rows[name]]
     if missing := [f for f in files if not f.is_file()]:
         raise FileNotFoundError(f"{where}: {len(missing):,} of {len(files):,} files are not there: {some(missing)}")
@@ -787,13 +795,15 @@ def table_dls(
         fs, cs = found.setdefault(SPLITS[s], ([], []))
         fs.append(f)
         cs.append(c)
-    def vocab_of(found): return _vocab(where, {s: (fs, _single(cs)) for s, (fs, cs) in found.items()}, {})
-    if len(names := set(_single(labels))) < 2:
-        raise ValueError(f"{where} has one class only ({some(names)}): two or more are expected")
-    vocab, prep = vocab_of(found), preprocessing or Preprocessing(img_size, [0.5]*in_chans, [0.5]*in_chans, in_chans)
+    def vocab_of(found):
+        if len(names := set(_single(found.get('train', ([], []))[1]))) < 2:
+            raise ValueError(f"{where} has {some(names) or 'no class'} to train with: two classes or more are expected")
+        return _vocab(where, {s: (fs, _single(cs)) for s, (fs, cs) in found.items()}, {})
+    vocab, prep = vocab_of(found), preprocessing or _as_asked(img_size, in_chans, resize, value_range)
+    source = dict(folders={SPLITS[s]: s for s in splits}, column=split) if split else {}
     found = _set_apart_several(found, seed) if delim else _set_apart(where, found, vocab, seed)
     again = vocab_of if skip_bad else lambda found: vocab
-    return _file_dls(found, again, prep, preprocessing is None, {}, {}, skip_bad, stream, streaming, bs=bs,
+    return _file_dls(found, again, prep, preprocessing is None, source, {}, skip_bad, stream, streaming, bs=bs,
                      augment=augment, device=device)
 
 # %% ../nbs/03_data.ipynb #b67923c9
@@ -802,11 +812,12 @@ def _rows(table, columns):
     where = 'the table' if isinstance(table, pd.DataFrame) else str(table)
     if not isinstance(table, pd.DataFrame):
         if not Path(table).is_file(): raise FileNotFoundError(f"there is no table {table}")
-        try: table = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True)
+        try: table = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
         except ValueError as e: raise ValueError(f"{where} can't be read as a CSV file: {_first_line(e)}") from e
     table = table.rename(columns=lambda c: str(c).strip())
     if unknown := [c for c in columns if c not in table]:
-        raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}")
+        raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}; "
+                         "say which hold the names and the labels (--columns name,label)")
     if not len(table): raise ValueError(f"{where} holds no row")
     for c in columns[:2]:
         empty = [i + 1 for i, x in enumerate(table[c]) if pd.isna(x) or not str(x).strip()]
@@ -862,7 +873,8 @@ def fact_lines(
     else: each = f'from {train[0][0]:,} ({train[0][1]:.24}) to {train[-1][0]:,} ({train[-1][1]:.24})'
     lines.append(f'training images in each class: {each}')
     if 'left_out' in facts:
-        there = [f"{name} is the folder {s['folder']}" for name, s in splits.items() if s['folder']]
+        kind = 'what the table calls' if 'column' in facts else 'the folder'
+        there = [f"{name} is {kind} {s['folder']}" for name, s in splits.items() if s['folder']]
         apart = [name for name, s in splits.items() if name != 'train' and not s['folder']]
         if apart: there.append(f"{' and '.join(apart)} set apart from the training images")
         lines.append(f"splits: {', '.join(there)}")

@@ -220,7 +220,7 @@ def stream_dls(
     if not 0 <= workers <= 256: raise ValueError(f"workers is {workers}, but must be from 0 to 256")
     for name, (files, _) in dict(training=train, validation=valid, test=test).items():
         if not len(files): raise ValueError(f"the {name} split holds no image")
-    prep = replace(preprocessing, labels=tuple(map(str, vocab)))
+    prep = replace(preprocessing, labels=tuple(map(str, vocab)), several=train[1].dim() == 2)
     if stats: prep = replace(prep, **dict(zip(('mean', 'std'), channel_stats(PictureFiles(train[0], prep).sample()))))
     tfms = [IntToFloatTensor(), Normalise.from_stats(prep.mean, prep.std, cuda=False)]
     tfms += L([small_affine()] if augment is True else augment or [])

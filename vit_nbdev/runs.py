@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .data import (cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls, find_images, folder_dls,
-                            mnist_dls)   # the first to import fastai: it does so in silence
+                            mnist_dls, table_dls)   # the first to import fastai: it does so in silence
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
@@ -91,6 +92,9 @@ def _data_name(data, path):
     if data and Path(data).is_dir():
         if path is not None: raise ValueError(f"{data} is a folder already: leave out --path")
         return 'folder', data
+    if _is_table(data):
+        if not Path(data).is_file(): raise FileNotFoundError(f"there is no table {data}")
+        return 'folder', data
     raise ValueError(f"there is no data set {data!r} and no folder of that name; {_nearest(data, LOADERS)}")
 
 def _choose_recipe(data, path, recipe):
@@ -125,6 +129,7 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
     if class_weights: changed['class_weights'] = True
     r = replace(RECIPES[name], **changed)
+    if read.get('columns') and not _is_table(path): raise ValueError("--columns is for a CSV file: leave it out")
     if img_size is not None and r.data != 'folder':
         raise ValueError(f"the images of {r.data} have a size of their own: leave out --img_size")
     for option, value in read.items():
@@ -153,6 +158,23 @@ def _finetuned(data, recipe, model, pretrained, freeze):
         raise ValueError(f"--pretrained is for a folder of images, not for {what}: give one with --data")
     if model is not None: raise ValueError("--pretrained brings its own model: leave out --model")
     return recipe or ('probe' if freeze else 'finetune')
+
+# %% ../nbs/09_runs.ipynb #0990fa14
+def _is_table(data): return Path(data or '').suffix.lower() == '.csv' and not Path(data).is_dir()
+
+def _columns(text):
+    "The columns of a table, by what they hold"
+    names = [name.strip() for name in (text or 'name,label').split(',')]
+    if len(names) not in (2, 3) or not all(names):
+        raise ValueError(f"columns is {text!r}, expected name,label or name,label,split")
+    return dict(zip(('name', 'label', 'split'), names))
+
+def _two_numbers(text):
+    "Black and white of `--value_range`"
+    if text is None or isinstance(text, (list, tuple)): return text and list(map(float, text))
+    try: black, white = map(float, text.split(','))
+    except ValueError: raise ValueError(f"value_range is {text!r}, expected black,white such as 0,4095") from None
+    return [black, white]
 
 # %% ../nbs/09_runs.ipynb #84fb5154
 _KINDS = {f.name: f.type for f in fields(Recipe) if f.name != 'measured'}
@@ -188,10 +210,13 @@ def _loaders(settings, device):
     if r.data == 'digits': return r, digits_dls(**kwargs)
     if r.data != 'folder': return r, LOADERS[r.data](settings['path'], **kwargs)
     how = {k: settings[k] for k in ('skip_bad', 'stream', 'workers') if settings.get(k) is not None}
-    if r.pretrained: return r, folder_dls(settings['path'], preprocessing=_as_weights_need(settings), **how, **kwargs)
+    files_dls = folder_dls
+    if _is_table(settings['path']):
+        files_dls = partial(table_dls, path=settings.get('pictures'), **_columns(settings.get('columns')))
+    if r.pretrained: return r, files_dls(settings['path'], preprocessing=_as_weights_need(settings), **how, **kwargs)
     in_chans = vit_config(r.model).in_chans
     how |= {k: settings[k] for k in ('resize', 'value_range') if settings.get(k)}
-    return r, folder_dls(settings['path'], img_size=settings['img_size'], in_chans=in_chans, **how, **kwargs)
+    return r, files_dls(settings['path'], img_size=settings['img_size'], in_chans=in_chans, **how, **kwargs)
 
 def _as_weights_need(settings):
     "How images are prepared for published weights, but for what was asked for otherwise"
@@ -206,13 +231,6 @@ def _where(pretrained):
     "The name of weights; of a file or folder the whole path, so that a run can be resumed from anywhere"
     if pretrained is None or not Path(pretrained).exists(): return pretrained
     return os.path.abspath(pretrained)
-
-def _two_numbers(text):
-    "Black and white of `--value_range`"
-    if text is None or isinstance(text, (list, tuple)): return text and list(map(float, text))
-    try: black, white = map(float, text.split(','))
-    except ValueError: raise ValueError(f"value_range is {text!r}, expected black,white such as 0,4095") from None
-    return [black, white]
 
 def _fingerprint(dls):
     "A number that changes with any pixel or label"
@@ -328,21 +346,22 @@ def _resumed(run, given):
     if not (part/'checkpoint.pt').is_file():
         raise FileNotFoundError(f"{part} has no checkpoint yet: start it again with --out {out} --force")
     settings = _checked_facts(part/'checkpoint.pt')
-    given = given | _moved(given['data'], given['path'], settings)
+    given = given | _moved(given['data'], given['path'], given['pictures'], settings)
     for k, v in given.items():
         if v is not None and settings.get(k) != v:
             raise ValueError(f"{part} was begun with --{k} {settings.get(k)}, not {v}: "
                              "leave it out, or start another run")
-    if settings['path'] is not None and not Path(settings['path']).is_dir():
+    if settings['path'] is not None and not Path(settings['path']).exists():
         option = '--data' if settings['data'] == 'folder' else '--path'
         raise FileNotFoundError(f"the images of {part} are no longer in {settings['path']}: say with {option} where")
     return settings, out
 
-def _moved(data, path, settings):
-    "Where the data of a run is now, put into its `settings`; `data` and `path` to be compared with them"
+def _moved(data, path, pictures, settings):
+    "Where the data of a run is now, put into its `settings`; what was given, to be compared with them"
     if data is not None: data, path = _data_name(data, path)
     if path is not None and settings['path'] is not None: settings['path'] = path = os.path.abspath(path)
-    return dict(data=data, path=path)
+    if pictures is not None: settings['pictures'] = pictures
+    return dict(data=data, path=path, pictures=pictures)
 
 def _checked_facts(file):
     "The settings in a checkpoint; ValueError if they can't be those of a run"
@@ -490,7 +509,8 @@ def learner_preprocessing(
     "How the loaders of a `Learner` prepare an image: ours say so, of fastai's it is read off the transforms"
     dls, c = learn.dls, learn.model.config
     named = getattr(dls.train_ds, 'loss_func', None)
-    if named is not None and not isinstance(named, CrossEntropyLossFlat):
+    several = getattr(getattr(dls, 'preprocessing', None), 'several', False)
+    if not several and named is not None and not isinstance(named, CrossEntropyLossFlat):
         raise ValueError(f"predictions are of one class an image, but these loaders ask for {type(named).__name__}")
     if hasattr(dls, 'preprocessing'): return dls.preprocessing
     fields = dict(img_size=c.img_size, in_chans=c.in_chans, mean=[0.]*c.in_chans, std=[1.]*c.in_chans,
@@ -657,8 +677,9 @@ def _prepare(s, device, part):
 # %% ../nbs/09_runs.ipynb #53816920
 # longer than 40 lines: half of them are the arguments of the commands, each with its comment
 def train(
-    data: str|None = None,       # 'digits' (default), 'mnist', 'fashion_mnist', 'cifar10', or a folder of folders
-    path: str|Path|None = None,  # where the data set is kept; default `data_path()`
+    data: str|None = None,       # 'digits' (default), 'mnist', 'fashion_mnist', 'cifar10', a folder of folders, a CSV
+    path: str|Path|None = None,  # where the data set is kept, default `data_path()`; or the files that a CSV names
+    columns: str|None = None,    # of a CSV file: 'name,label' or 'name,label,split', as in `table_dls`
     recipe: str|None = None,     # a key of `RECIPES`; default: the one that is named like the data
     model: str|None = None,      # a name that `vit` knows; this and the next three: default as in the recipe
     epochs: int|None = None,     # how often each training image is seen
@@ -689,8 +710,11 @@ def train(
     resume: str|Path|None = None,  # go on with this run, which was interrupted; all settings are its own
 ) -> Path:                       # the run folder
     "Train a ViT, test it once, and leave a run folder"
-    given = dict(data=data, path=None if path is None else str(path), recipe=recipe, model=model, epochs=epochs, bs=bs,
-                 lr=lr, seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
+    pictures = None
+    if path is not None and _is_table(data): path, pictures = None, os.path.abspath(path)
+    given = dict(data=data, path=None if path is None else str(path), pictures=pictures, columns=columns,
+                 recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr,
+                 seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
                  class_weights=class_weights or None, resize=resize, value_range=_two_numbers(value_range),
                  skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze or None,
                  layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix, rand_augment=rand_augment,
@@ -705,6 +729,7 @@ def train(
     else:
         s = _settings(**given)
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
+        if _is_table(s['path']): name = Path(name).stem
         out = _free_name(Path('runs'), name) if out is None else Path(out)
     if s['precision'] == 'fp16' and device.type != 'cuda':
         raise ValueError(f"precision fp16 needs a GPU, the device is {device}: use fp32, bf16 or auto")
