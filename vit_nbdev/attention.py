@@ -69,30 +69,6 @@ def plot_attention(
     plt.close(fig)     # a notebook shows what is returned, and would show what is open as well
     return fig
 
-# %% ../nbs/00_attention.ipynb #e238d879
-def _check_mask(mask, shape):
-    "Raise an error if `mask` does not fit attention weights of `shape`"
-    if not isinstance(mask, Tensor): raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"mask has dtype {mask.dtype}: use a boolean mask (True = may attend) or a float one that is "
-                        "added to the scores; mask.bool() converts a mask of zeros and ones")
-    fits = mask.dim() <= len(shape) and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
-    if fits: return
-    raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to the weights {tuple(shape)}")
-
-def _check_qkv(q, k, v):
-    "Raise an error if queries, keys and values do not belong together"
-    for name, t in dict(k=k, v=v).items():
-        if t.dtype != q.dtype: raise TypeError(f"q is {q.dtype} but {name} is {t.dtype}: convert one of them")
-        if t.device != q.device: raise ValueError(f"q is on {q.device} but {name} is on {t.device}: move one of them")
-        if t.dim() != q.dim() or t.shape[:-2] != q.shape[:-2]:
-            raise ValueError(f"q has shape {tuple(q.shape)} but {name} has {tuple(t.shape)}: "
-                             "all but the last two sizes must agree")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"q has width {q.shape[-1]} but k has {k.shape[-1]}: their dot product needs one width")
-    if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values: each value belongs to one key")
-
 # %% ../nbs/00_attention.ipynb #1f5a127a
 def attention_weights(
     q: Tensor,                 # queries `(... n d)`
@@ -121,6 +97,30 @@ def scaled_dot_product_attention(
     _check_qkv(q, k, v)
     weights = attention_weights(q, k, mask, scale)
     return F.dropout(weights, dropout).to(v.dtype) @ v, weights
+
+# %% ../nbs/00_attention.ipynb #e238d879
+def _check_mask(mask, shape):
+    "Raise an error if `mask` does not fit attention weights of `shape`"
+    if not isinstance(mask, Tensor): raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask has dtype {mask.dtype}: use a boolean mask (True = may attend) or a float one that is "
+                        "added to the scores; mask.bool() converts a mask of zeros and ones")
+    fits = mask.dim() <= len(shape) and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
+    if fits: return
+    raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to the weights {tuple(shape)}")
+
+def _check_qkv(q, k, v):
+    "Raise an error if queries, keys and values do not belong together"
+    for name, t in dict(k=k, v=v).items():
+        if t.dtype != q.dtype: raise TypeError(f"q is {q.dtype} but {name} is {t.dtype}: convert one of them")
+        if t.device != q.device: raise ValueError(f"q is on {q.device} but {name} is on {t.device}: move one of them")
+        if t.dim() != q.dim() or t.shape[:-2] != q.shape[:-2]:
+            raise ValueError(f"q has shape {tuple(q.shape)} but {name} has {tuple(t.shape)}: "
+                             "all but the last two sizes must agree")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q has width {q.shape[-1]} but k has {k.shape[-1]}: their dot product needs one width")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"there are {k.shape[-2]} keys but {v.shape[-2]} values: each value belongs to one key")
 
 # %% ../nbs/00_attention.ipynb #340cd35e
 def causal_mask(
@@ -162,34 +162,6 @@ class FusedAttention(nn.Module):
         return out.masked_fill(blind, 0.)
 
     def extra_repr(self): return f'dropout={self.dropout}'
-
-# %% ../nbs/00_attention.ipynb #29d29871
-def _check_context(attn, x, context):
-    "Raise an error if the tokens `x` and `context` are not what `attn`, a `MultiHeadAttention`, works with"
-    dim, kv_dim = attn.dim, attn.kv_dim
-    if x.dim() != 3 or x.shape[-1] != dim: raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, n, {dim})")
-    if context is None:
-        if kv_dim == dim: return
-        raise ValueError(f"context is missing: this attention reads from tokens of width kv_dim={kv_dim}")
-    b = x.shape[0]                                # not len(x), which torch.export would take for a constant
-    if context.dim() != 3 or context.shape[-1] != kv_dim or context.shape[0] != b:
-        raise ValueError(f"context has shape {tuple(context.shape)}, expected ({b}, m, {kv_dim})")
-    if context.dtype != x.dtype: raise TypeError(f"x is {x.dtype} but context is {context.dtype}: convert one of them")
-    if context.device != x.device:
-        raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
-
-def _check_inputs(attn, x, context, mask, rotary=None):
-    "Raise an error if `attn`, a `MultiHeadAttention`, can't work with these inputs"
-    _check_context(attn, x, context)
-    if rotary is not None and context is not None:
-        raise ValueError("rotary positions are those of one sequence: leave out rotary or context")
-    if mask is None: return
-    b, n, m = x.shape[0], x.shape[1], (x if context is None else context).shape[1]
-    _check_mask(mask, (b, attn.n_heads, n, m))
-    if mask.dim() == 3:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: is its first size the batch or the heads? "
-                         f"Use ({n}, {m}) or four sizes that broadcast to ({b}, {attn.n_heads}, {n}, {m})")
-    if mask.device != x.device: raise ValueError(f"x is on {x.device} but mask is on {mask.device}: move one of them")
 
 # %% ../nbs/00_attention.ipynb #2f85a91c
 def rotate(
@@ -285,6 +257,34 @@ def mix(self: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor|
     if mask is not None and mask.is_floating_point(): mask = mask.to(q.dtype)
     heads = self.attend(q, k, v, mask)                                  # (b h n head_dim)
     return self.proj_drop(self.proj(self.out_norm(rearrange(heads, 'b h n d -> b n (h d)'))))
+
+# %% ../nbs/00_attention.ipynb #29d29871
+def _check_context(attn, x, context):
+    "Raise an error if the tokens `x` and `context` are not what `attn`, a `MultiHeadAttention`, works with"
+    dim, kv_dim = attn.dim, attn.kv_dim
+    if x.dim() != 3 or x.shape[-1] != dim: raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, n, {dim})")
+    if context is None:
+        if kv_dim == dim: return
+        raise ValueError(f"context is missing: this attention reads from tokens of width kv_dim={kv_dim}")
+    b = x.shape[0]                                # not len(x), which torch.export would take for a constant
+    if context.dim() != 3 or context.shape[-1] != kv_dim or context.shape[0] != b:
+        raise ValueError(f"context has shape {tuple(context.shape)}, expected ({b}, m, {kv_dim})")
+    if context.dtype != x.dtype: raise TypeError(f"x is {x.dtype} but context is {context.dtype}: convert one of them")
+    if context.device != x.device:
+        raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
+
+def _check_inputs(attn, x, context, mask, rotary=None):
+    "Raise an error if `attn`, a `MultiHeadAttention`, can't work with these inputs"
+    _check_context(attn, x, context)
+    if rotary is not None and context is not None:
+        raise ValueError("rotary positions are those of one sequence: leave out rotary or context")
+    if mask is None: return
+    b, n, m = x.shape[0], x.shape[1], (x if context is None else context).shape[1]
+    _check_mask(mask, (b, attn.n_heads, n, m))
+    if mask.dim() == 3:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: is its first size the batch or the heads? "
+                         f"Use ({n}, {m}) or four sizes that broadcast to ({b}, {attn.n_heads}, {n}, {m})")
+    if mask.device != x.device: raise ValueError(f"x is on {x.device} but mask is on {mask.device}: move one of them")
 
 # %% ../nbs/00_attention.ipynb #9d24f0b6
 def _shared_weights(ours, theirs):

@@ -24,33 +24,6 @@ from .attention import FusedAttention, attention_weights, record_attention
 from .preprocessing import Preprocessing
 from .vit import PatchEmbedding, ViT, _grid
 
-# %% ../nbs/06_interpret.ipynb #6b9bfc3d
-@contextmanager
-def _evaluating(model):
-    "Dropout and the like are off inside the block; afterwards every part is in the mode it was in"
-    if not isinstance(model, ViT):
-        raise TypeError(f"model is a {type(model).__name__}, expected a ViT of vit_nbdev: "
-                        "a Learner has it as learn.model, and vit_nbdev.pretrained converts published models")
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try: yield
-    finally:
-        for m, mode in modes.items(): m.training = mode
-
-def _images(x):
-    "`x` as an ordinary tensor; fastai's kinds are tensors, too"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"images are a {type(x).__name__}, expected a tensor (b, c, h, w), normalised as in training")
-    return x.as_subclass(Tensor)
-
-def _one_image(image):
-    "A batch of the one `image`, which is checked"
-    image = _images(image)
-    if image.dim() != 3:
-        raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): "
-                         "choose one of a batch, x[0]")
-    return image[None]
-
 # %% ../nbs/06_interpret.ipynb #555af3da
 def _record(model, x, layer=None, reduce=None):
     """One forward pass: weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, logits
@@ -86,30 +59,43 @@ def attention_maps(
     "What every token attends to in every block and head, while the fused kernel goes on computing the output"
     return _record(model, x)[0]
 
+# %% ../nbs/06_interpret.ipynb #6b9bfc3d
+@contextmanager
+def _evaluating(model):
+    "Dropout and the like are off inside the block; afterwards every part is in the mode it was in"
+    if not isinstance(model, ViT):
+        raise TypeError(f"model is a {type(model).__name__}, expected a ViT of vit_nbdev: "
+                        "a Learner has it as learn.model, and vit_nbdev.pretrained converts published models")
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try: yield
+    finally:
+        for m, mode in modes.items(): m.training = mode
+
+def _images(x):
+    "`x` as an ordinary tensor; fastai's kinds are tensors, too"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images are a {type(x).__name__}, expected a tensor (b, c, h, w), normalised as in training")
+    return x.as_subclass(Tensor)
+
+def _one_image(image):
+    "A batch of the one `image`, which is checked"
+    image = _images(image)
+    if image.dim() != 3:
+        raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): "
+                         "choose one of a batch, x[0]")
+    return image[None]
+
 # %% ../nbs/06_interpret.ipynb #2a6bc6b6
 def attention_rollout(
     maps: Tensor,  # from `attention_maps` `(b depth h n n)`
 ) -> Tensor:       # `(b depth n n)`: what each token is made of after so many blocks; rows sum to 1
-    "Attention multiplied through the blocks, half of it being the residual connection (Abnar and Zuidema 2020)"
+    "Attention multiplied through the blocks, half of it being the skip connection (Abnar and Zuidema 2020)"
     eye = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
     steps = ((maps.mean(dim=2) + eye)/2).unbind(dim=1)
     out = [steps[0]]
     for step in steps[1:]: out.append(step @ out[-1])
     return torch.stack(out, dim=1)
-
-# %% ../nbs/06_interpret.ipynb #91b8354b
-def _targets(model, target, n):
-    "Classes of `n` images `(n)`, which are checked; None where the model is to say"
-    n_classes = model.config.n_classes
-    if not n_classes: raise ValueError("the model has no head (n_classes=0), so there is no class to explain")
-    if target is None: return None
-    target = torch.as_tensor(target, device=model.head.weight.device)
-    if target.is_floating_point() or target.shape not in ((), (n,)):
-        raise ValueError(f"target is {target.dtype} of shape {tuple(target.shape)}, "
-                         f"expected a class index, or {n} of them, one per image")
-    bad = target[(target < 0) | (target >= n_classes)].flatten().tolist()
-    if bad: raise ValueError(f"target={bad[0]}, but the model has {n_classes} classes: 0 to {n_classes - 1}")
-    return target.expand(n)
 
 # %% ../nbs/06_interpret.ipynb #712adcda
 def _attention_steps(model, x, target):
@@ -146,6 +132,20 @@ def relevance(
     for step in steps[:model.config.depth]: r = r + step @ r
     if model.config.pool == 'map': return (steps[-1] @ r[:, _asked(model)])[:, 0]
     return _reads(model, r[0, 0]) @ (r - eye)               # what every token is from the start says nothing
+
+# %% ../nbs/06_interpret.ipynb #91b8354b
+def _targets(model, target, n):
+    "Classes of `n` images `(n)`, which are checked; None where the model is to say"
+    n_classes = model.config.n_classes
+    if not n_classes: raise ValueError("the model has no head (n_classes=0), so there is no class to explain")
+    if target is None: return None
+    target = torch.as_tensor(target, device=model.head.weight.device)
+    if target.is_floating_point() or target.shape not in ((), (n,)):
+        raise ValueError(f"target is {target.dtype} of shape {tuple(target.shape)}, "
+                         f"expected a class index, or {n} of them, one per image")
+    bad = target[(target < 0) | (target >= n_classes)].flatten().tolist()
+    if bad: raise ValueError(f"target={bad[0]}, but the model has {n_classes} classes: 0 to {n_classes - 1}")
+    return target.expand(n)
 
 # %% ../nbs/06_interpret.ipynb #e8f19e89
 METHODS = ('attention', 'rollout', 'relevance')
@@ -504,10 +504,10 @@ def randomization_check(
 
 # %% ../nbs/06_interpret.ipynb #bb88845e
 def _quantise(maps):
-    "Bytes, and what 1 stands for in each of the maps `(m n n)`: a part in 255 of its largest weight"
-    scale = (maps.amax(dim=(1, 2))/255).clamp(min=1e-12)
-    levels = (maps/scale[:, None, None]).round().to(torch.uint8).cpu().numpy()
-    return levels.tobytes(), scale.tolist()
+    "Bytes, and the largest weight of each of the maps `(m n n)`: byte `i` stands for the part `(i/255)**2` of it"
+    largest = maps.amax(dim=(1, 2)).clamp(min=1e-12)
+    levels = ((maps/largest[:, None, None]).sqrt()*255).round().to(torch.uint8).cpu().numpy()
+    return levels.tobytes(), largest.tolist()
 
 def _encode(data, compress):
     "Bytes as text"

@@ -47,9 +47,11 @@ async function load(im) {                             // an image counts as load
   draw();
 }
 
+const PART = range(256).map(i => (i/255)**2);         // of the largest weight of a map, for each byte
+
 function addRow(out, bytes, scale, map, query, share) {
   const start = (map*N + query)*N;
-  for (let t = 0; t < N; t++) out[t] += share*scale[map]*bytes[start + t];
+  for (let t = 0; t < N; t++) out[t] += share*scale[map]*PART[bytes[start + t]];
 }
 
 function weights(view, block, head, query) {          // what `query` attends to: a number for each token
@@ -231,6 +233,7 @@ function showControls() {
 
 function showPrediction() {
   const probs = D.images[S.image].probs;
+  $('prediction').hidden = !probs.length;              // features have no classes
   $('probs').innerHTML =
     probs.map(([, p]) => `<span></span><i style="width: ${100*p}%"></i><b>${percent(p)}</b>`).join('');
   $('probs').querySelectorAll('span').forEach((span, i) => {
