@@ -66,6 +66,9 @@ def test_wheel_is_complete(wheel):
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
     assert meta['Version'] == config['DEFAULT']['version'] and meta['License-Expression'] == 'Apache-2.0'
+    readme, url = meta.get_payload(), config['DEFAULT']['git_url']
+    assert f']({url}/raw/main/nbs/images/' in readme and f']({url}/blob/main/nbs/00_attention.ipynb)' in readme
+    assert '](nbs/' not in readme
     commands = ('vit_train', 'vit_predict', 'vit_explain', 'vit_export', 'vit_serve')
     assert dict(scripts['console_scripts']) == {name: f'vit_nbdev.cli:{name}' for name in commands}
     needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
