@@ -1,5 +1,5 @@
 """The documentation site: the notebooks' links, API pages, the check for broken links. With `--slow`, all of it."""
-import importlib.util, json, os, re, subprocess, sys
+import importlib.util, json, os, re, shutil, subprocess, sys, tarfile
 from pathlib import Path
 
 import pytest
@@ -103,14 +103,53 @@ def test_without_its_extra(tmp_path):
     assert run.returncode == 1
     assert run.stderr.strip() == "the site needs sphinx_book_theme: pip install -e '.[dev,site]'"
 
-def test_the_whole_site(tmp_path, slow):
-    "Some minutes: every page, no warning, no broken link, and every name where nbdev's index says it is"
-    if not slow: pytest.skip('some minutes: run with --slow')
+@pytest.fixture(scope='module')
+def built(pytestconfig, tmp_path_factory):
+    "All of the site, in about a minute"
+    if not pytestconfig.getoption('--slow'): pytest.skip('a minute or more: run with --slow')
     pytest.importorskip('sphinx_book_theme')
-    command = [sys.executable, ROOT/'tools'/'make_site.py', '--out', tmp_path/'site']
+    folder = tmp_path_factory.mktemp('whole')/'site'
+    command = [sys.executable, ROOT/'tools'/'make_site.py', '--out', folder]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and 'no broken link' in run.stdout, run.stdout + run.stderr
     assert 'WARNING' not in run.stderr, run.stderr
+    return folder
+
+def test_the_whole_site(built):
+    "Every page, no warning, no broken link, and every name where nbdev's index says it is"
     for address in site.exported().values():
         page, anchor = address.split('#')
-        assert anchor in site.Links((tmp_path/'site'/page).read_text(encoding='utf-8')).places, address
+        assert anchor in site.Links((built/page).read_text(encoding='utf-8')).places, address
+
+@pytest.fixture(scope='module')
+def axe(tmp_path_factory):
+    "The checks of axe-core, which npm fetches"
+    folder, npm = tmp_path_factory.mktemp('axe'), shutil.which('npm')
+    if npm is None or subprocess.run([npm, 'pack', '--silent', 'axe-core@4.14.1'], cwd=folder).returncode:
+        pytest.skip('npm is not here, or has no network')
+    with tarfile.open(next(folder.glob('*.tgz'))) as tar: return tar.extractfile('package/axe.min.js').read().decode()
+
+PAGES = ('index', '02_vit', 'studies/other_images', 'results', 'vit')
+SERIOUS = """async () => (await axe.run()).violations.filter(v => ['serious', 'critical'].includes(v.impact))
+    .map(v => `${v.id}: ${v.nodes[0].html}`)"""
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_pages_are_accessible(built, axe, scheme):
+    "axe-core finds nothing serious on five pages, at three widths, and no page is wider than its window"
+    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+    if path is None: pytest.skip('no chromium on the PATH')
+    with playwright.sync_playwright() as play:
+        browser, wrong = play.chromium.launch(executable_path=path, args=['--no-sandbox']), []
+        for width in (390, 900, 1440):
+            tab = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
+            for name in PAGES:
+                tab.goto((built/f'{name}.html').as_uri())
+                tab.locator('html[data-theme]').wait_for()
+                tab.wait_for_timeout(500)              # tab stops come when the theme's script has seen what scrolls
+                tab.evaluate(axe)
+                wrong += [f'{name} at {width}: {what}' for what in tab.evaluate(SERIOUS)]
+                beyond = tab.evaluate('document.documentElement.scrollWidth - document.documentElement.clientWidth')
+                if beyond: wrong.append(f'{name} at {width}: {beyond} pixels beyond the window')
+        browser.close()
+    assert wrong == []
