@@ -1,13 +1,17 @@
 """Exported files answer like the model, for any batch, and a failure leaves what was there as it was."""
-import json
+import json, shutil, sys, types
 
 import pytest
 import torch
+import yaml
 
 from vit_nbdev import export as module
-from vit_nbdev.export import Deployed, export, largest_difference
+from vit_nbdev.cli import vit_export
+from vit_nbdev.export import Deployed, export, largest_difference, push_to_hub
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.vit import vit
+from vit_nbdev.pretrained import load_pretrained
+from vit_nbdev.runs import load_model, save_model, train
+from vit_nbdev.vit import ViT, vit
 
 def random_model(img_size=8, in_chans=1, **changes):
     torch.manual_seed(0)
@@ -69,3 +73,95 @@ def test_the_model_is_as_it_was(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     export(model, tmp_path/'a.pt2')
     assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+
+# --- on the hub ---
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    return train(epochs=1, bs=128, tta=True, early_stop=1, device='cpu', out=tmp_path_factory.mktemp('runs')/'digits')
+
+@pytest.fixture
+def run(trained, tmp_path): return shutil.copytree(trained, tmp_path/'digits')
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "A folder that is the hub"
+    hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
+    def create(self, repo, **facts): (tmp_path/'hub'/repo).mkdir(parents=True, exist_ok=facts['exist_ok'])
+    def upload(self, repo_id, folder_path): shutil.copytree(folder_path, tmp_path/'hub'/repo_id, dirs_exist_ok=True)
+    monkeypatch.setattr(hub.HfApi, 'create_repo', create)
+    monkeypatch.setattr(hub.HfApi, 'upload_folder', upload)
+    monkeypatch.setattr(hub, 'snapshot_download', lambda name, **_: str(tmp_path/'hub'/name))
+    return tmp_path/'hub'
+
+def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
+    "Uploaded and loaded by its name: the same numbers; no image of the data, no path of this machine goes with it"
+    assert push_to_hub(run, 'me/digits') == 'https://huggingface.co/me/digits'
+    assert {p.name for p in (hub/'me/digits').iterdir()} == \
+           {'README.md', 'config.json', 'model.safetensors', 'metrics.csv', 'curves.png', 'confusion.png'}
+    there, (here, _) = load_pretrained('me/digits'), load_model(run)
+    assert all(torch.equal(a, b) for a, b in zip(there.state_dict().values(), here.state_dict().values(), strict=True))
+    assert there.preprocessing == here.preprocessing and there.config == here.config
+    config = json.loads((run/'config.json').read_text())
+    config['settings'] |= dict(path='/home/me/secret/pictures', pretrained='/home/me/weights')
+    (run/'config.json').write_text(json.dumps(config))
+    push_to_hub(run, 'me/digits')
+    settings = json.loads((hub/'me/digits/config.json').read_text())['settings']
+    assert (settings['path'], settings['pretrained']) == ('pictures', 'weights')
+
+def test_the_card_has_the_figures_of_the_run(run, hub):
+    "What a stranger must know, and metadata that the hub can read; a card that was edited stays"
+    push_to_hub(run, 'me/my-digits')
+    card, config = (run/'README.md').read_text(), json.loads((run/'config.json').read_text())
+    facts = yaml.safe_load(card.split('---')[1])
+    assert facts['model-index'][0]['results'][0]['metrics'] == [dict(type='accuracy', value=config['test_accuracy'])]
+    assert facts['library_name'] == 'vit_nbdev' and 'license' not in facts and '\n# license: yours to say' in card
+    plain, balanced, tta = (f"{100*config[f'{name}_accuracy']:.2f} %" for name in ('test', 'balanced', 'tta'))
+    for words in (f'{plain} of 360 test images', f'classes is {balanced}', f'views of each image: {tta}', 'with seed 0',
+                  "load_pretrained('me/my-digits')", 'Kept is epoch 1 of 1', '- img_size: [8, 8]', '- batch size: 128',
+                  '- recipe: digits'):
+        assert words in card, words
+    (run/'README.md').write_text('mine')
+    push_to_hub(run, 'me/my-digits')
+    assert (hub/'me/my-digits/README.md').read_text() == 'mine'
+
+def test_a_run_that_was_never_tested_says_so(run, hub, tmp_path):
+    model, _ = load_model(run)
+    save_model(model, tmp_path/'by hand', model.preprocessing, epochs=3, last_epoch=dict(accuracy=0.5))
+    push_to_hub(tmp_path/'by hand', 'me/x')
+    card = (hub/'me/x/README.md').read_text()
+    assert 'Never tested. In the last of 3 epochs: accuracy 0.5000.' in card and 'model-index' not in card
+
+def test_a_hub_that_cant_be_reached_or_written_to(run, monkeypatch):
+    hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
+    with monkeypatch.context() as m:
+        m.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
+        sentence = "^vit_export: the hub can't be reached, nothing was uploaded, and .* is whole: try again"
+        with pytest.raises(SystemExit, match=sentence):
+            vit_export.__wrapped__(str(run), hub='me/digits')
+    def refuse(self, *_, **__):
+        e = hub.errors.LocalTokenNotFoundError()
+        e.response = types.SimpleNamespace(status_code=401)
+        raise e
+    with monkeypatch.context() as m:
+        m.setattr(hub.HfApi, 'create_repo', refuse)
+        with pytest.raises(PermissionError, match='without a token that may: log in with `hf auth login`'):
+            push_to_hub(run, 'me/digits')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ImportError, match=r"needs huggingface_hub: pip install 'vit_nbdev\[hub\]'"):
+        push_to_hub(run, 'me/digits')
+    with pytest.raises(SystemExit, match='--hub uploads a run folder: leave out --pretrained'):
+        vit_export.__wrapped__(str(run), hub='me/digits', pretrained=True)
+
+# --- what a format can't hold ---
+
+def test_a_model_that_a_format_cant_hold(tmp_path, monkeypatch):
+    "The exporters' pages of text become a sentence; the file that was there stays"
+    class Odd(ViT):
+        def forward(self, x): return super().forward(x) if x.sum().item() >= -1e9 else x
+    model = random_model()
+    model.__class__ = Odd
+    (tmp_path/'m.pt2').write_text('the old one')
+    with pytest.raises(ValueError, match=r"^m\.pt2 can't hold this model \(.{5,200}\): [^\n]*$"):
+        export(model, tmp_path/'m.pt2', force=True)
+    assert (tmp_path/'m.pt2').read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1

@@ -1,5 +1,6 @@
 """Fine-tuning from the command line: published weights, what is trained and how fast, streaming, what is refused."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vit_nbdev import runs
 from vit_nbdev.cli import vit_train
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
@@ -61,8 +63,46 @@ def test_freeze_trains_the_head_alone(weights, pictures, capsys):
     moved = {k for k in after if after[k].shape != before[k].shape or (after[k] != before[k]).any()}
     assert moved == {'encoder.norm.weight', 'encoder.norm.bias', 'head.weight', 'head.bias'}
 
+def test_the_head_first_and_then_all(weights, pictures, capsys, monkeypatch):
+    "The body's weights as they were, up to the epoch from which all are trained; also with an interruption in between"
+    before, bodies = load_model(weights)[0].state_dict(), []
+    def body(state): return {k: v.clone() for k, v in state.items() if k.startswith(('patch_embed', 'encoder.blocks'))}
+    monkeypatch.setattr(runs.EpochLines, 'after_epoch', lambda self: bodies.append(body(self.model.state_dict())))
+    words = dict(pretrained=str(weights), freeze_epochs=2, epochs=3)
+    trained(pictures, **words)
+    still = [all(torch.equal(x, before[k]) for k, x in found.items()) for found in bodies]
+    assert still == [True, True, False] and not any(torch.equal(x, before[k]) for k, x in bodies[2].items())
+    assert ', the head alone in the first 2, ' in capsys.readouterr().out
+    whole = load_model(pictures.parent/'out')[0].state_dict()
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(runs.EpochLines, 'before_epoch', stop, raising=False)
+    again = str(pictures.parent/'again')
+    with pytest.raises(SystemExit): vit_train.__wrapped__(str(pictures), out=again, **QUICK | words)
+    monkeypatch.undo()
+    vit_train.__wrapped__(resume=again, device='cpu')
+    assert all(torch.equal(x, whole[k]) for k, x in load_model(again)[0].state_dict().items())
+
+def test_the_weights_bring_their_size_and_preprocessing(weights, pictures):
+    "Nothing said of the pictures: size, crop, interpolation and statistics are those of the weights, not the recipe's"
+    _, config = trained(pictures, pretrained=str(weights), epochs=1)
+    expected = replace(PREP, labels=('dark', 'light')).to_dict()
+    assert json.loads(json.dumps(expected)) == config['preprocessing']
+    assert config['model']['img_size'] == 16 and RECIPES['finetune'].model == 'S/16'
+
+@pytest.mark.parametrize('recipe', ['folder', 'finetune', 'probe'])
+def test_folders_end_with_the_best_epoch(recipe, weights, pictures, capsys):
+    "... and each report says which it was; here the first is as good as any other, because nothing is learned"
+    words = {} if recipe == 'folder' else dict(pretrained=str(weights))
+    _, config = trained(pictures, lr=1e-12, recipe=recipe, **words)
+    rows = [line.split(',') for line in (pictures.parent/'out'/'metrics.csv').read_text().splitlines()[1:]]
+    scores = [[float(accuracy), -float(loss)] for *_, loss, accuracy in rows]
+    best = scores.index(max(scores)) + 1
+    assert config['settings']['keep_best'] and (config['best_epoch'], config['epochs_trained']) == (best, 2)
+    assert f'kept    epoch {best} of 2, the best in validation' in capsys.readouterr().out
+    assert f'Kept is epoch {best} of 2, the best in validation.' in (pictures.parent/'out'/'report.html').read_text()
+
 def test_layer_decay_reaches_the_optimizer(weights, pictures, monkeypatch):
-    from vit_nbdev import runs
     seen, fit = [], runs._fit
     def watch(learn, r, sync_bn):
         seconds = fit(learn, r, sync_bn)
@@ -102,6 +142,10 @@ BAD = {
     'model': (dict(pretrained='trained', model='S/16'), '--pretrained brings its own model: leave out --model'),
     'digits': (dict(pretrained='trained', data=None), 'is for a folder of images, not for the digits'),
     'cifar10': (dict(pretrained='trained', data='cifar10'), 'is for a folder of images, not for cifar10'),
+    'head first': (dict(freeze_epochs=1), '--freeze_epochs trains the head first, upon trained weights'),
+    'head only': (dict(pretrained='trained', freeze_epochs=2), 'leaves no epoch for the rest of the model'),
+    'head twice': (dict(pretrained='trained', freeze=True, freeze_epochs=1), 'choose fewer, or --freeze alone'),
+    'head never': (dict(pretrained='trained', freeze_epochs=-1), 'freeze_epochs is -1, but must not be below zero'),
     'no weights': (dict(pretrained='nowhere/x.pth'), 'nowhere/x.pth'),
     'layer decay': (dict(pretrained='trained', layer_decay=1.5), 'layer_decay is 1.5, but must be from 0 to 1'),
     'wd': (dict(wd=-1.), 'wd is -1.0, but must not be below zero'),
@@ -118,8 +162,16 @@ def test_bad_words(name, weights, pictures, monkeypatch):
     with pytest.raises(SystemExit, match=sentence): vit_train.__wrapped__(**{'data': 'pictures'} | QUICK | kwargs)
     assert not Path('runs').exists() or not list(Path('runs').iterdir())
 
+def test_weights_that_are_not_here_without_a_network(pictures, monkeypatch):
+    hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
+    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
+    before = set(pictures.parent.rglob('*'))
+    sentence = ("^vit_train: nobody/nothing is not here yet, and the hub can't be reached: try again with a network, "
+                "or give a local file$")
+    with pytest.raises(SystemExit, match=sentence): trained(pictures, pretrained='nobody/nothing')
+    assert set(pictures.parent.rglob('*')) == before
+
 def test_a_finetuned_run_is_resumed(weights, pictures, monkeypatch):
-    from vit_nbdev import runs
     whole, _ = trained(pictures, pretrained=str(weights), workers=0)
     part = pictures.parent/'again'
     def stop(self):

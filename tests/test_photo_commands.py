@@ -1,8 +1,9 @@
 """What a person does with pictures around a training: predictions in a stream, a page to drop pictures on."""
-import csv, json, shutil, threading, urllib.error, urllib.request
+import csv, importlib.machinery, json, re, shutil, sys, threading, types, urllib.error, urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from vit_nbdev.cli import vit_predict, vit_serve
+from vit_nbdev import runs
+from vit_nbdev.cli import vit_explain, vit_predict, vit_serve
 from vit_nbdev.data import digits_dls
 from vit_nbdev.learner import Checkpoint, KeepBest, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.runs import load_model, predict, predictions, save_model, train
+from vit_nbdev.runs import explain, load_model, predict, predictions, save_model, train, views
 from vit_nbdev.serve import server
 from vit_nbdev.vit import vit
 
@@ -247,3 +249,140 @@ def test_options_that_cant_be(tmp_path):
     for options, words in ((dict(mixup=1., cutmix=1.), 'choose one of them'), (dict(early_stop=-1), 'early_stop is -1'),
                            (dict(rand_augment=31), 'must be from 1 to 30'), (dict(cutmix=-1.), 'cutmix is -1')):
         with pytest.raises(ValueError, match=words): train(device='cpu', out=tmp_path/'run', **options)
+
+# --- several views of each image ---
+
+def test_views_are_averaged_and_said_beside_the_plain_figure(tmp_path, pictures, monkeypatch, capsys):
+    "By hand from the run's own model, in `vit_train` and in `vit_predict`; mirrored only where the training mirrored"
+    for flip in (False, True):
+        out = tmp_path/f'flip {flip}'
+        train(str(pictures), model='mnist', img_size=28, epochs=1, bs=8, flip=flip, tta=True,
+              device='cpu', out=out)
+        model, config = load_model(out)
+        assert model.mirrors == flip and config['tta_views'] == (10 if flip else 5)
+        said = f"{config['tta_views']} views of each: {100*config['tta_accuracy']:.2f} %"
+        assert said in capsys.readouterr().out and 'views of each image: ' in (out/'report.html').read_text()
+    files = sorted((out/'samples').iterdir())                    # these are all test images
+    assert len(files) == config['n_test']
+    found = predict(out, files, tta=True, device='cpu')
+    x = model.preprocessing.normalise(torch.stack([model.preprocessing(f) for f in files]))
+    with torch.no_grad(): p = sum(model(v).softmax(1) for v in views(x, mirror=True))/10
+    assert np.allclose([r['probabilities'] for r in found], p, atol=1e-6)
+    plain = predict(out, files, device='cpu')
+    assert max(abs(a['probability'] - b['probability']) for a, b in zip(found, plain)) > 1e-4
+    for figure, results in dict(test_accuracy=plain, tta_accuracy=found).items():
+        right = [r['class'] == f.stem.split('-')[1] for r, f in zip(results, files)]
+        assert config[figure] == np.mean(right)
+    vit_predict.__wrapped__(str(out), list(map(str, files)), tta=True, json=True, features=str(tmp_path/'f.npz'),
+                            device='cpu')
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert np.allclose([r['probabilities'] for r in lines], p, atol=1e-6)
+    with torch.no_grad(): features = model.pool(model.forward_features(x))
+    assert np.allclose(np.load(tmp_path/'f.npz')['features'], features, atol=1e-5)        # of the image as it is
+
+def test_without_tta_nothing_is_said_of_it(tmp_path, capsys):
+    config = load_model(train(epochs=1, device='cpu', out=tmp_path/'run'))[1]
+    assert 'tta_accuracy' not in config and 'views of each' not in capsys.readouterr().out
+    assert 'views of each' not in (tmp_path/'run'/'report.html').read_text()
+
+# --- logs to watch ---
+
+def test_tensorboard_has_the_metrics(tmp_path):
+    "The same numbers as metrics.csv, also of a run that was interrupted, at the steps of training"
+    pytest.importorskip('tensorboard', reason='tensorboard is not installed')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs.EpochLines, 'before_epoch', stop, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train(epochs=2, bs=128, log='tensorboard', device='cpu', out=tmp_path/'run')
+    train(resume=tmp_path/'run', device='cpu')
+    events = EventAccumulator(str(tmp_path/'run'/'tensorboard')).Reload()
+    rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
+    points = [(p.step, p.value) for p in events.Scalars('accuracy')]
+    assert points == [(9*(i + 1), pytest.approx(float(r['accuracy']))) for i, r in enumerate(rows)] and len(rows) == 2
+
+class FakeWandb(types.ModuleType):
+    "What fastai's callback asks of wandb"
+    Error = type('Error', (Exception,), {})
+    def __init__(self):
+        super().__init__('wandb')
+        self.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+        self.run, self.config, self.logged = types.SimpleNamespace(step=0, summary={}), mock.MagicMock(), []
+    def init(self, **facts): self.facts = facts
+    def log(self, values, step=None): self.logged.append(values)
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
+    yield fake
+    sys.modules.pop('fastai.callback.wandb', None)
+
+def test_wandb_hears_the_metrics_and_the_settings(wandb, tmp_path):
+    train(epochs=2, bs=128, log='wandb', device='cpu', out=tmp_path/'run')
+    rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
+    assert [v['accuracy'] for v in wandb.logged if 'accuracy' in v] == [float(r['accuracy']) for r in rows]
+    assert (wandb.facts['name'], wandb.facts['config']['bs']) == ('run', 128)
+
+def test_logs_that_cant_be(wandb, tmp_path, monkeypatch):
+    "A package that is missing, a name that is unknown, nobody logged in: a sentence, and nothing is left"
+    def refuse(**_): raise wandb.Error('api_key not configured')
+    monkeypatch.setattr(wandb, 'init', refuse)
+    with pytest.raises(OSError, match='wandb: api_key not configured; log in with `wandb login`, or set WANDB_'):
+        train(log='wandb', device='cpu', out=tmp_path/'run')
+    monkeypatch.setattr(runs, 'find_spec', lambda name: None)
+    for name in ('tensorboard', 'wandb'):
+        with pytest.raises(ImportError, match=rf"--log {name} needs {name}: pip install 'vit_nbdev\[{name}\]'"):
+            train(log=name, device='cpu', out=tmp_path/'run')
+    with pytest.raises(ValueError, match="log 'csw' is not known: use csv, tensorboard, wandb"):
+        train(log='csw', device='cpu', out=tmp_path/'run')
+    assert list(tmp_path.iterdir()) == []
+
+# --- a page for many pictures ---
+
+def test_an_overview_of_a_folder_for_the_class_asked_for(run, pictures, tmp_path, capsys):
+    "Each picture with its maps; a class is the same by name and index, and relevance depends on it"
+    pages = {}
+    for target in ('dark', '0', 'light', None):
+        vit_explain.__wrapped__(str(run), [str(pictures)], out=str(tmp_path/f'{target}.html'), target=target,
+                                overview=True, device='cpu')
+        pages[target] = (tmp_path/f'{target}.html').read_text()
+        assert 'shows 24 images: open it in a browser' in capsys.readouterr().out
+    page = pages['dark']
+    assert re.findall(r'<h2>(.*?)</h2>', page) == [f.name for f in sorted(pictures.rglob('*.png'))]
+    shown = {target: re.findall('data:image/jpeg;base64,([^"]+)', page) for target, page in pages.items()}
+    assert shown['dark'] == shown['0'] and {len(found) for found in shown.values()} == {24}
+    assert not set(shown['dark']) & set(shown['light'])
+    said = [r['index'] for r in predict(run, pictures, device='cpu')]
+    assert shown[None] == [shown[('dark', 'light')[i]][k] for k, i in enumerate(said)]
+    for target, words in {'drak': 'there is no class .drak.; did you mean dark', '2': "there is no class '2'"}.items():
+        with pytest.raises(ValueError, match=words): explain(run, pictures, tmp_path/'x.html', target=target)
+    model, _ = load_model(run)
+    model.preprocessing = replace(model.preprocessing, labels=('dark', 'dark'))
+    with pytest.raises(ValueError, match="2 classes are called 'dark': give the index of one"):
+        explain(model, pictures, tmp_path/'x.html', target='dark')
+    assert not (tmp_path/'x.html').exists()
+
+def test_the_size_of_a_page_is_bounded(tmp_path):
+    "Noise, which no format makes smaller: every head where that fits, an overview where it doesn't, or a sentence"
+    torch.manual_seed(0)
+    model = vit('Ti/16', img_size=224, n_classes=3, depth=2).eval()
+    torch.nn.init.normal_(model.head.weight)
+    model.preprocessing = Preprocessing(224, [0.5]*3, [0.2]*3, labels=('a', 'b', 'c'))
+    pixels = np.random.default_rng(0).integers(256, size=(3, 224, 224, 3), dtype=np.uint8)
+    for i, p in enumerate(pixels): Image.fromarray(p).save(tmp_path/f'{i}.png')
+    n_bytes = {}
+    for max_mb in (4, 0.7):
+        page = explain(model, tmp_path, tmp_path/f'{max_mb}.html', max_mb=max_mb, device='cpu')
+        n_bytes[max_mb] = page.stat().st_size
+        assert ('data:image/jpeg' in page.read_text()) == (max_mb == 0.7)
+        page.unlink()
+    assert 1e6 < n_bytes[4] <= runs._page_bytes(model, 3, False) + 4e4 < 4e6
+    assert 5e4 < n_bytes[0.7] <= runs._page_bytes(model, 3, True) + 4e3 < 7e5
+    with pytest.raises(ValueError, match=r'3 images would make a page of over 0.5 MB: give 2 at most, or raise'):
+        explain(model, tmp_path, tmp_path/'x.html', max_mb=0.5, device='cpu')
+    with pytest.raises(SystemExit, match='max_mb is -1.0, but must be above zero'):
+        vit_explain.__wrapped__('nowhere', ['x.png'], max_mb=-1.)

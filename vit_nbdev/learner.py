@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEM', 'RECIPES', 'FORMAT', 'vit_groups', 'AdamW', 'adamw', 'Threads', 'ViTLearner', 'head_groups', 'normalise_as',
-           'vit_learner', 'EMA', 'KeepBest', 'weighted_loss', 'Recipe', 'whole_file', 'save_atomic', 'load_checkpoint',
-           'Checkpoint', 'DealtDL', 'deal']
+           'vit_learner', 'EMA', 'KeepBest', 'HeadFirst', 'weighted_loss', 'Recipe', 'whole_file', 'save_atomic',
+           'load_checkpoint', 'Checkpoint', 'DealtDL', 'deal']
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
 import os, random, re, time, warnings
@@ -335,6 +335,20 @@ class KeepBest(Callback):
         self.score, self.best, self.last = list(map(float, state['score'])), int(state['best']), int(state['last'])
         self.weights = state['weights']
 
+# %% ../nbs/04_learner.ipynb #d65316a0
+class HeadFirst(Callback):
+    "Train only the last group in the first epochs, and all groups from then on (Kumar 2022)"
+    def __init__(self,
+        epochs: int = 1,           # in which all but the norm and the head stay as they are
+    ): self.epochs = epochs
+
+    def before_fit(self):
+        self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
+        if num_distrib() > 1: raise ValueError("freeze_epochs needs one process: leave it out, or start one")
+
+    def before_epoch(self):
+        if not self.idle: self.opt.freeze_to(-1 if self.epoch < self.epochs else 0)
+
 # %% ../nbs/04_learner.ipynb #39069c6a
 def weighted_loss(
     dls: DataLoaders,             # of `tensor_dls` or one of its kin
@@ -369,6 +383,7 @@ class Recipe:
     class_weights: bool = False  # does each class count the same in the loss, however many images it has?
     pretrained: str = ''         # published weights in place of `model`: a source of `load_pretrained`
     freeze: bool = False         # train the last norm and the head, and leave the rest as it is
+    freeze_epochs: int = 0       # the same in so many first epochs only (`HeadFirst`)
     layer_decay: float = 0.      # as in `vit_learner`; 0: none
     keep_best: bool = False      # end with the epoch that was best in validation (`KeepBest`), else with the last
     early_stop: int = 0          # stop after so many epochs without a better one, and keep the best; 0: never
@@ -383,7 +398,8 @@ class Recipe:
 
     def callbacks(self) -> list:   # for the `cbs` of a learner
         if self.mixup and self.cutmix: raise ValueError("mixup and cutmix mix the same images: choose one of them")
-        parts = {EMA: self.ema, MixUp: self.mixup, CutMix: self.cutmix, GradientClip: self.clip}
+        parts = {EMA: self.ema, MixUp: self.mixup, CutMix: self.cutmix, GradientClip: self.clip,
+                 HeadFirst: self.freeze_epochs}
         best = [KeepBest(self.early_stop)] if self.keep_best or self.early_stop else []
         return [callback(value) for callback, value in parts.items() if value] + best
 
@@ -417,10 +433,12 @@ RECIPES = {
                             changes=dict(stem='conv', patch_size=8, depth=6),
                             measured='72.93 ± 0.86 % (3 seeds; JPEG images), 18 min on one CPU core'),
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3,
-                            augment=dict(pad_mode='reflection')),
+                            augment=dict(pad_mode='reflection'), keep_best=True),
     # learning rates and decay of the next two are public practice (BEiT, MAE), not chosen by a measurement of ours
-    'finetune':      Recipe('folder',        'S/16',   epochs=10,  bs=32,  lr=3e-4, layer_decay=0.75, augment=_WHOLE),
-    'probe':         Recipe('folder',        'S/16',   epochs=20,  bs=32,  lr=1e-2, freeze=True, augment=_WHOLE),
+    'finetune':      Recipe('folder',        'S/16',   epochs=10,  bs=32,  lr=3e-4, layer_decay=0.75, augment=_WHOLE,
+                            keep_best=True),
+    'probe':         Recipe('folder',        'S/16',   epochs=20,  bs=32,  lr=1e-2, freeze=True, augment=_WHOLE,
+                            keep_best=True),
 }
 
 # %% ../nbs/04_learner.ipynb #57ff9c6a
@@ -578,6 +596,7 @@ def _restore(checkpoint, state):
         for name in ('lrs', 'iters', 'values', 'losses'): setattr(learn.recorder, name, saved[name])
         count, value = saved['smooth']
         learn.recorder.smooth_loss.count, learn.recorder.smooth_loss.val = count, torch.tensor(float(value))
+        learn.train_iter = len(saved['losses'])       # for whoever plots by it
     with _using(file, 'random'): _set_random_states(state['random'][rank_distrib()], learn.dls)
     learn.first_epoch, checkpoint.seconds = state['epoch'], state['seconds']
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURES', 'SETTINGS', 'wilson', 'percent', 'class_results', 'balanced_accuracy', 'figure', 'fonts_for',
            'with_glyphs', 'plain', 'plot_curves', 'plot_confusion', 'surest_mistakes', 'plot_predictions',
-           'plot_mistakes', 'plot_augmented', 'draw_pictures', 'why_not', 'save_samples', 'write_report']
+           'plot_mistakes', 'plot_augmented', 'draw_pictures', 'why_not', 'save_samples', 'settings_table',
+           'write_report']
 
 # %% ../nbs/08_report.ipynb #rep00003
 import base64, errno, math, re, warnings
@@ -281,9 +282,12 @@ def save_samples(folder: Path, images: Tensor, targets: Tensor, labels: list[str
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder/f'{i}-{label}.png')
 
 # %% ../nbs/08_report.ipynb #c8c8176a
-SETTINGS = ('class_weights', 'resize', 'value_range', 'pretrained', 'freeze', 'layer_decay', 'stream')   # said if given
+SETTINGS = ('class_weights', 'resize', 'value_range', 'pretrained', 'freeze', 'freeze_epochs', 'layer_decay',
+            'stream')   # said if given
 
-def _settings_table(config):
+def settings_table(
+    config: dict,  # the contents of a run's `config.json`
+) -> dict:         # titles and values
     "What was trained and how, in the order in which it is read"
     s = config['settings']
     changes = ', '.join(f'{k}={v}' for k, v in s['changes'].items())
@@ -319,6 +323,10 @@ def write_report(
     headline = percent(config['test_accuracy'])
     summary = (f'of {n:,} test images right; 95 % confidence interval (Wilson) {percent(low)} to {percent(high)}, '
                f'{len(labels)} classes. The test split was looked at once, when the training was over.')
+    if 'best_epoch' in config:
+        summary += f" Kept is epoch {config['best_epoch']} of {config['epochs_trained']}, the best in validation."
+    if 'tta_accuracy' in config:
+        summary += f" Averaged over {config['tta_views']} views of each image: {percent(config['tta_accuracy'])}."
     if results:
         most, balanced = max(results, key=lambda r: r['n']), percent(balanced_accuracy(results))
         if most['n'] > 1.5*min(r['n'] for r in results): headline += f', balanced over the classes {balanced}'
@@ -330,5 +338,5 @@ def write_report(
     pictures = [picture(name, *words) for name, words in PICTURES.items() if (folder/f'{name}.png').is_file()]
     page = fill_page('report.html', title=f"{config['settings']['model']} on {config['settings']['data']}",
                      headline=headline, summary=summary, pictures=pictures, classes=_class_table(results),
-                     settings=_settings_table(config))
+                     settings=settings_table(config))
     (folder/'report.html').write_text(page, encoding='utf-8', errors='backslashreplace')
