@@ -91,11 +91,13 @@ def parser_of(
     return parser
 
 def command(groups: dict|None = None, examples: str = ''):    # as of `parser_of`
-    "A function that is also the program of its name"
+    "A function that is a program, too: called by a file that is run, without arguments, it reads the command line"
     def decorate(func):
         @wraps(func)
         def run(*args, **kwargs):
-            if args or kwargs or Path(sys.argv[0]).stem != func.__name__: return func(*args, **kwargs)
+            caller = sys._getframe(1)            # the file that is run, if it is a program
+            in_file = caller.f_globals.get('__name__') == '__main__' and '__file__' in caller.f_globals
+            if args or kwargs or not in_file or caller.f_locals is not caller.f_globals: return func(*args, **kwargs)
             said, names = parser_of(func, groups, examples).parse_args(), inspect.signature(func).parameters
             return func(**{name: value for name, value in vars(said).items() if name in names})
         run.parser = lambda: parser_of(func, groups, examples)
