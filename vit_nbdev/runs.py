@@ -416,7 +416,11 @@ def _logger(name, part, settings):
     "fastai's callback for a log beside `metrics.csv`"
     if name == 'tensorboard':
         from fastai.callback.tensorboard import TensorBoardCallback
-        return TensorBoardCallback(part/'tensorboard', trace_model=False, log_preds=False)
+        class Flushed(TensorBoardCallback):
+            def after_epoch(self):
+                super().after_epoch()
+                self.writer.flush()       # whoever watches sees it at once, and an interruption loses nothing
+        return Flushed(part/'tensorboard', trace_model=False, log_preds=False)
     import wandb
     from fastai.callback.wandb import WandbCallback
     try: wandb.init(project='vit_nbdev', name=part.name.removesuffix('.part'), config=settings, reinit=True)
