@@ -118,7 +118,7 @@ def test_the_card_has_the_figures_of_the_run(run, hub):
     assert facts['library_name'] == 'vit_nbdev' and 'license' not in facts and '\n# license: yours to say' in card
     plain, balanced, tta = (f"{100*config[f'{name}_accuracy']:.2f} %" for name in ('test', 'balanced', 'tta'))
     for words in (f'{plain} of 360 test images', f'classes is {balanced}', f'views of each image: {tta}', 'with seed 0',
-                  "load_pretrained('me/my-digits')", 'Kept is epoch 1 of 1', '- img_size: [8, 8]', '- batch size: 128',
+                  "load_pretrained('me/my-digits')", 'Kept is epoch 1 of 1', '- img_size: (8, 8)', '- batch size: 128',
                   '- recipe: digits'):
         assert words in card, words
     (run/'README.md').write_text('mine')
