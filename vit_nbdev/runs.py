@@ -8,6 +8,7 @@ __all__ = ['LOADERS', 'LOGS', 'get_device', 'check_positive', 'Diverged', 'Epoch
            'trained_model', 'predictions', 'predict', 'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
+# longer than 40 lines: imports
 import base64, hashlib, io, json, os, platform, shutil, signal, sys, tempfile, threading, time, warnings
 from collections import deque
 from collections.abc import Iterator
