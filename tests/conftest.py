@@ -12,3 +12,16 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope='session')
 def slow(pytestconfig): return pytestconfig.getoption('--slow')
+
+@pytest.fixture(scope='session')
+def pictures(tmp_path_factory):
+    "Two classes of twelve pictures, every other one square, the others oblong; for reading only"
+    import numpy as np
+    from PIL import Image
+    path, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for label, level in dict(dark=90, light=150).items():
+        (path/label).mkdir()
+        for i in range(12):
+            shape = (28, 28, 3) if i % 2 else (60, 44, 3)
+            Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i:02}.png')
+    return path

@@ -10,7 +10,6 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
-from PIL import Image
 
 from vit_nbdev import runs
 from vit_nbdev.cli import vit_explain, vit_predict, vit_serve
@@ -20,17 +19,6 @@ from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import explain, load_model, predict, predictions, save_model, train, views
 from vit_nbdev.serve import server
 from vit_nbdev.vit import vit
-
-@pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-    "Two classes of pictures, square and oblong"
-    path, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
-    for label, level in dict(dark=90, light=150).items():
-        (path/label).mkdir()
-        for i in range(12):
-            shape = (28, 28, 3) if i % 2 else (60, 44, 3)
-            Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i:02}.png')
-    return path
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):

@@ -1,5 +1,6 @@
 """Pictures that are read while the model trains: the same images as in memory, each once, what may go wrong."""
-import json, random
+import json, random, warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,11 +9,12 @@ import torch
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from vit_nbdev import data, runs
+from vit_nbdev import data, photographs, runs
 from vit_nbdev.cli import vit_train
 from vit_nbdev.data import describe, fact_lines, folder_dls, table_dls
 from vit_nbdev.learner import vit_learner
-from vit_nbdev.photographs import BadPicture, PictureFiles, RandomCrop, cropped
+from vit_nbdev.photographs import (BadPicture, PictureCache, PictureFiles, PictureRows, RandomCrop, cropped,
+                                   dataset_dls)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import predict, save_run, train
 
@@ -114,6 +116,29 @@ def test_errors_are_one_sentence(folder):
     skipped = loaders(folder, skip_bad=True)
     assert sum(len(dl.dataset) for dl in skipped.loaders) == 23
     assert describe(skipped)['left_out'] == {"can't be read as an image": 1}
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_picture_that_turns_unreadable(folder, workers):
+    "Its batch does without it, label and all, and says so; in validation it is an error as before"
+    dls = loaders(folder, skip_bad=True, workers=workers, bs=5)
+    dls.train.drop_last = False
+    ds = dls.train_ds
+    bad = ds.x.file(3)
+    bad.write_bytes(bad.read_bytes()[:-400])
+    dls.valid_ds.x.file(1).write_bytes(b'none')
+    ds.y = torch.arange(len(ds))                                  # to know them again
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        batches = list(dls.train)
+    found = {int(k): x for xb, yb in batches for x, k in zip(xb, yb, strict=True)}
+    assert sorted(found) == [k for k in range(len(ds)) if k != 3]
+    for k, x in found.items():
+        assert torch.allclose(x, PREP.normalise(ds.x.take(k, ds.crop, ds.seed)), atol=1e-6)
+    if not workers: assert [str(w.message) for w in said] == \
+        [f"{bad} can't be read as an image: replace it or take it away; the training goes on without it"]
+    with pytest.raises(BadPicture, match="can't be read as an image"): list(dls.valid)
+    for k in range(len(ds)): ds.x.file(k).write_bytes(b'none')
+    with pytest.raises(BadPicture, match="no picture of a whole batch can be read: .* can't be read"): list(dls.train)
 
 def test_grey_sixteen_bit_and_crop_arguments(tmp_path):
     deep = np.linspace(0, 65535, 64*64).reshape(64, 64).astype(np.uint16)
@@ -292,3 +317,149 @@ def test_several_labels_an_image(folder, tmp_path):
     learn.model.eval()
     with torch.no_grad(): p = learn.model(dls.preprocessing.normalise(dls.preprocessing(folder/'a'/'6.jpg'))[None])
     assert found['probabilities'] == pytest.approx(p.sigmoid()[0].tolist(), abs=1e-6)
+
+# --- decoded pictures on disk ---
+
+LARGE = Preprocessing(48, [0.4]*3, [0.3]*3)       # 80 x 60 pixels are kept whole
+
+def epochs(dls, n=2): return [torch.cat([xb for xb, _ in dl]) for dl in [*[dls.train]*n, dls.valid, dls[2]]]
+
+def kept(cache): return sorted(cache.rglob('*.npy'))
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_cache_changes_no_pixel(folder, tmp_path, monkeypatch, workers):
+    "While it is written and when it is read; then no picture is decoded"
+    cache, plain = tmp_path/'cache', epochs(loaders(folder, preprocessing=LARGE))
+    for _ in range(2):
+        dls = loaders(folder, preprocessing=LARGE, cache=cache, workers=workers)
+        for a, b in zip(epochs(dls), plain, strict=True): assert torch.equal(a, b)
+        assert f'what was decoded is kept in {cache}' in dls.stream
+        monkeypatch.setattr(photographs, 'open_image', lambda *_, **__: 1/0)
+        monkeypatch.setattr(Preprocessing, '__call__', lambda *_: 1/0)
+    assert len(kept(cache)) == 24 and not list(cache.rglob('.*'))
+
+def test_what_a_cache_keeps_of_a_large_picture(tmp_path):
+    "One and a half times what the model wants; the whole of it differs by little from that of the file"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(6, 8, 3)).astype(np.uint8)) \
+        .resize((800, 600), Image.Resampling.BICUBIC).save(tmp_path/'x.jpg', quality=95)
+    plain, files = (PictureFiles([tmp_path/'x.jpg'], PREP) for _ in range(2))
+    files.cache, whole = PictureCache(tmp_path/'cache', PREP), RandomCrop((1., 1.), (1.3, 1.4))
+    difference = files.take(0, whole).float() - plain.take(0, whole).float()
+    assert 0 < difference.abs().mean() < 1 and difference.abs().max() < 12
+    assert [np.load(f).shape for f in kept(tmp_path/'cache')] == [(36, 48, 3)]
+    a, b, c = (files.take([0]*20, RandomCrop(), seed) for seed in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+def test_a_cache_follows_the_files(folder, tmp_path):
+    "A changed picture is read anew, a damaged entry is made again"
+    cache, files = PictureCache(tmp_path/'cache', PREP), sorted((folder/'a').iterdir())
+    x = PictureFiles(files, PREP)
+    x.cache = cache
+    before = x[:]
+    Image.new('RGB', (80, 60), 'red').save(files[0])
+    assert torch.equal(x[0], PREP(files[0])) and not torch.equal(x[0], before[0])
+    for entry, rest in zip(kept(tmp_path/'cache'), (b'', b'none', None)):
+        entry.write_bytes(entry.read_bytes()[:300] if rest is None else rest)
+    assert torch.equal(x[1:], before[1:]) and torch.equal(x[0], PREP(files[0]))
+    for entry in kept(tmp_path/'cache'): assert np.load(entry).shape == (3, 24, 24)
+
+def test_a_disk_that_fills(folder, tmp_path):
+    "One sentence, no half file, and the images that there would have been"
+    resource = pytest.importorskip('resource', reason='no limits to files here')
+    cache, plain = tmp_path/'cache', epochs(loaders(folder))
+    dls, (soft, hard) = loaders(folder, cache=cache), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            found = epochs(dls)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [str(w.message) for w in said] == [f'the cache {cache} takes no more pictures (File too large): '
+                                              'the others are decoded each time']
+    for a, b in zip(found[2:], plain[2:], strict=True): assert torch.equal(a, b)
+    assert [p.name for p in cache.rglob('*') if p.is_file()] == ['cache.json']
+
+def test_what_is_no_cache(folder, tmp_path):
+    cache = tmp_path/'cache'
+    loaders(folder, cache=cache)
+    loaders(folder, cache=cache, preprocessing=replace(PREP, mean=(0.1,)*3))        # no other pixels
+    with pytest.raises(ValueError, match='cache is of other settings .img_size.: give another folder, or delete it'):
+        loaders(folder, cache=cache, preprocessing=LARGE)
+    (cache/'cache.json').write_text('{')
+    with pytest.raises(ValueError, match='cache is of other settings'): loaders(folder, cache=cache)
+    with pytest.raises(ValueError, match='holds other things than a cache: give an empty folder'):
+        loaders(folder, cache=folder)
+    with pytest.raises(OSError, match="can't write the cache .*0.jpg .*: give another folder"):
+        loaders(folder, cache=folder/'a'/'0.jpg')
+    with pytest.raises(ValueError, match='cache is for pictures that are streamed'):
+        folder_dls(folder, stream=False, cache=cache)
+
+def test_vit_train_with_a_cache(folder, tmp_path, monkeypatch):
+    "A second run decodes no picture to train on"
+    monkeypatch.chdir(tmp_path)
+    how = dict(model='digits', img_size=48, bs=4, device='cpu', epochs=1, workers=0, cache='kept')
+    (folder/'pictures').mkdir()
+    for name in 'ab': (folder/name).rename(folder/'pictures'/name)
+    vit_train.__wrapped__(str(folder/'pictures'), out='one', **how)
+    n, settings = len(kept(tmp_path/'kept')), json.loads((tmp_path/'one'/'config.json').read_text())['settings']
+    vit_train.__wrapped__(str(folder/'pictures'), out='two', **how)
+    one, two = ((tmp_path/name/'metrics.csv').read_text() for name in ('one', 'two'))
+    assert one == two and len(kept(tmp_path/'kept')) == n > 24 and settings['cache'] == str(tmp_path/'kept')
+
+# --- a data set of Hugging Face ---
+
+@pytest.fixture
+def rows(folder):
+    "The folder's pictures as a data set"
+    datasets = pytest.importorskip('datasets', reason='the extra `datasets` is not installed')
+    files = sorted(folder.rglob('?/*'))
+    columns = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['a', 'b']))
+    return datasets.Dataset.from_dict(dict(image=list(map(str, files)), label=[f.parent.name for f in files]), columns)
+
+def test_rows_are_the_folder(folder, rows):
+    "In memory and streamed, in this process and in others"
+    how = dict(bs=4, augment=False, device='cpu', preprocessing=PREP)
+    expected = folder_dls(folder, **how)
+    for more in (dict(stream=True, workers=0), dict(stream=True, workers=2), {}):
+        dls = dataset_dls(rows, **how, **more)
+        assert dls.preprocessing == expected.preprocessing and list(dls.vocab) == ['a', 'b']
+        for i in (1, 2):
+            for (x, y), (x2, y2) in zip(dls[i], expected[i], strict=True):
+                assert torch.equal(x, x2) and torch.equal(y, y2)
+        assert isinstance(dls.train_ds.x, PictureRows if more else torch.Tensor)
+
+def test_rows_are_cropped_as_files(folder, rows):
+    files, x = PictureFiles(sorted(folder.rglob('?/*')), LARGE), PictureRows(rows, 'image', range(24), LARGE)
+    for i in range(24): assert torch.equal(files.take(i, RandomCrop(flip=True), 7), x.take(i, RandomCrop(flip=True), 7))
+    assert x.sizes().tolist() == files.sizes().tolist()
+
+def test_rows_with_splits_and_names(rows):
+    "Splits of the data set are kept, labels may be words, and a summary can be given"
+    import datasets
+    words = rows.cast_column('label', datasets.Value('string'))
+    words = words.map(lambda row: dict(label=' yes ' if row['label'] == '0' else 'no'))
+    parts = datasets.DatasetDict(train=words.select(range(0, 24, 2)), validation=words.select(range(1, 24, 2)))
+    dls = dataset_dls(parts, img_size=16, bs=4, device='cpu', stream=True, workers=0)
+    assert list(dls.vocab) == ['no', 'yes'] and [len(dl.dataset) for dl in dls] == [10, 12, 2]
+    for i in range(12): assert torch.equal(dls.valid_ds.x[i], dls.preprocessing(words[2*i + 1]['image']))
+    assert dls.valid_ds.y.tolist() == [1]*6 + [0]*6
+    assert describe(dls)['splits']['valid']['also_in_train'] == 0
+    before = dls.train_ds.digest()
+    dls.train_ds.y[0] = 1 - dls.train_ds.y[0]
+    assert dls.train_ds.digest() != before
+
+def test_rows_that_cant_be_used(rows, folder):
+    how = dict(bs=4, device='cpu', preprocessing=PREP, stream=True, workers=0)
+    words = rows.remove_columns('label').add_column('label', ['a']*12 + ['b']*12)
+    for bad, said in ((dict(train=words.select(range(12)), test=words), 'has labels that train lacks: b'),
+                      (rows.to_iterable_dataset(), 'a streaming data set has no rows to choose from: load it without'),
+                      (rows.rename_column('label', 'kind'), 'train has no column label: its columns are image, kind'),
+                      (rows.map(lambda row: dict(label=-1)), 'train has 24 rows without a label: leave them out'),
+                      (dict(train=rows, more=rows), 'has splits more, expected train'),
+                      (dict(test=rows), 'has no split to train with: call it train')):
+        with pytest.raises(ValueError, match=said): dataset_dls(bad, **how)
+    with pytest.raises(ValueError, match='a cache is for files: leave it out'): dataset_dls(rows, cache='x', **how)
+    (folder/'b'/'11.jpg').write_bytes((folder/'b'/'11.jpg').read_bytes()[:400])
+    i = [f.name for f in sorted(folder.rglob('?/*'))].index('11.jpg', 12)
+    with pytest.raises(BadPicture, match=f"^row {i}: it can't be read as an image"):
+        PictureRows(rows, 'image', range(24), PREP)[i]

@@ -7,7 +7,6 @@ import torch
 from fastai.torch_core import set_seed
 from fastai.vision.all import (AffineCoordTfm, ImageDataLoaders, MultiCategoryBlock, Normalize,
                                RandomResizedCrop, Resize, ResizeMethod, aug_transforms, load_learner)
-from PIL import Image
 from torch import nn
 
 from vit_nbdev import runs
@@ -17,17 +16,6 @@ from vit_nbdev.learner import vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import explain, load_model, predict, save_run
 from vit_nbdev.vit import vit
-
-@pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-    "Two classes of pictures, square and oblong"
-    path, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
-    for label, level in dict(dark=90, light=150).items():
-        (path/label).mkdir()
-        for i in range(12):
-            shape = (28, 28, 3) if i % 2 else (60, 44, 3)
-            Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i}.png')
-    return path
 
 def fastai_learner(path, resize, *batch_tfms):
     set_seed(0)
@@ -56,7 +44,7 @@ def test_what_the_learner_says_the_folder_says(name, pictures, tmp_path, capsys)
     assert model.preprocessing.labels == ('dark', 'light') and config['epochs'] == 2
     assert set(config['last_epoch']) == {'train_loss', 'valid_loss', 'accuracy'}
     for i in (0, 1):                                   # an oblong one, and a square one
-        file = pictures/'light'/f'{i}.png'
+        file = pictures/'light'/f'{i:02}.png'
         with learn.no_bar(): label, index, p = learn.predict(file)
         for found in (predict(run, file)[0], predict(learn, file)[0]):
             assert (found['class'], found['index']) == (label, index)

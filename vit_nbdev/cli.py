@@ -133,6 +133,7 @@ def vit_train(
     skip_bad:store_true=False, # go on without the pictures of a folder that can't be read
     stream:store_true=False, # read a folder's pictures as needed, in random crops (default: if memory is short)
     workers:int=None,     # processes that read them, which implies --stream (default: one a core, 8 at most)
+    cache:str=None,       # a folder in which decoded pictures are kept for later epochs and runs; implies --stream
     recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, finetune or probe
     model:str=None,       # size of the model: digits, mnist, cifar, Ti/16, S/16, B/16, ... (default: the recipe's)
     epochs:int=None,      # how often each training image is seen (default: the recipe's)
@@ -164,6 +165,7 @@ def vit_train(
     with plain_errors('vit_train'):
         from vit_nbdev.runs import train
         train(**options)
+
 
 # %% ../nbs/10_cli.ipynb #cli00011
 def _one_or_more(help):

@@ -697,7 +697,7 @@ def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, 
         if skip_bad: _readable(found, prep, left_out)
         vocab = vocab_of(found)
         data = {split: (files, _targets(labels, vocab)) for split, (files, labels) in found.items()}
-        dls = stream_dls(*data.values(), vocab, prep, stats=stats, **streaming, **kwargs)
+        dls = stream_dls(*data.values(), vocab, prep, stats=stats, skip_bad=skip_bad, **streaming, **kwargs)
         sizes = np.concatenate([dl.dataset.x.sizes() for dl in dls.loaders])
     else:
         if streaming: raise ValueError(f"{some(streaming)} is for pictures that are streamed: say stream=True")
@@ -740,7 +740,7 @@ def folder_dls(
     skip_bad: bool = False,               # go on without pictures that can't be read
     preprocessing: Preprocessing|None = None,  # in place of all that: as weights need it
     stream: bool|None = None,             # read files as they are needed (chapter 03a); None: if memory is short
-    **streaming,                          # `crop` and `workers`, as in `stream_dls`
+    **streaming,                          # `crop`, `workers` and `cache`, as in `stream_dls`
 ) -> DataLoaders:                         # as of `tensor_dls`; `describe` says what it holds
     "Images of one folder per class, in memory or streamed"
     path = Path(path)

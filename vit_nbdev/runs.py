@@ -220,7 +220,7 @@ def _loaders(settings, device):
     kwargs = dict(bs=r.bs, device=device, augment=r.transforms())
     if r.data == 'digits': return r, digits_dls(**kwargs)
     if r.data != 'folder': return r, LOADERS[r.data](settings['path'], **kwargs)
-    how = {k: settings[k] for k in ('skip_bad', 'stream', 'workers') if settings.get(k) is not None}
+    how = {k: settings[k] for k in ('skip_bad', 'stream', 'workers', 'cache') if settings.get(k) is not None}
     files_dls = folder_dls
     if _is_table(settings['path']):
         files_dls = partial(table_dls, path=settings.get('pictures'), **_columns(settings.get('columns')))
@@ -762,6 +762,7 @@ def train(
     tta: bool|None = None,       # at the test, say also what the mean over several `views` of each image gives
     stream: bool|None = None,    # read a folder's pictures as they are needed; default: if memory is short
     workers: int|None = None,    # processes that read them
+    cache: str|Path|None = None,  # folder in which decoded pictures are kept
     out: str|Path|None = None,   # the run folder; default `runs/<recipe>`, numbered
     force: bool = False,         # replace `out` if it is a run
     resume: str|Path|None = None,  # go on with this run, which was interrupted; all settings are its own
@@ -776,7 +777,7 @@ def train(
                  skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze or None,
                  freeze_epochs=freeze_epochs, layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix,
                  rand_augment=rand_augment, early_stop=early_stop, log=log, tta=tta or None,
-                 stream=stream or None, workers=workers)
+                 stream=stream or None, workers=workers, cache=cache and os.path.abspath(cache))
     for name, value in {**given, 'device': device, 'out': out, 'resume': resume}.items():
         if value is not None and str(value) == '': raise ValueError(f"{name} is empty: leave it out, or say which")
     device = get_device(device)
