@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+from PIL import Image
 
 from vit_nbdev import runs
 from vit_nbdev.cli import vit_explain, vit_predict, vit_serve
