@@ -57,7 +57,7 @@ BAD = {
     'empty': (lambda t: t.replace({'kind': {'b': ' '}}), {}, "'kind' is empty in row 10, 12, 14, 16, 18 and 5 more"),
     'no row': (lambda t: t[:0], {}, 'holds no row'),
     'twice': (lambda t: pd.concat([t, t[:1]]), {}, 'names 0.png twice'),
-    'one class': (lambda t: t.assign(kind='a'), {}, 'has one class only .a.: two or more'),
+    'one class': (lambda t: t.assign(kind='a'), {}, 'has a to train with: two classes or more'),
     'split': (lambda t: t.assign(part='tset'), dict(split='part'), "'part' has tset, expected train, valid and test"),
     'class in test': (lambda t: t.assign(part=['train']*19 + ['test'], kind=[*t.kind[:-1], 'new']), dict(split='part'),
                       'test has classes that train lacks: new'),
