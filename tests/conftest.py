@@ -25,3 +25,9 @@ def pictures(tmp_path_factory):
             shape = (28, 28, 3) if i % 2 else (60, 44, 3)
             Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i:02}.png')
     return path
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Runs of this process draw nothing, which takes longer than an epoch: for tests of what is trained and kept"
+    from vit_nbdev import runs
+    monkeypatch.setattr(runs, 'draw_pictures', lambda *args, **kwargs: {})

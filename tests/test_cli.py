@@ -1,5 +1,5 @@
 """vit_train and vit_predict as a user runs them, the good way and the bad ways."""
-import csv, json, os, random, re, shutil, signal, socket, subprocess, sys, time
+import csv, io, json, os, random, re, shutil, signal, socket, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_recipes_say_what_was_measured():
         accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', seconds.mean()/60
         assert RECIPES[recipe].measured == f'{accuracy} (3 seeds{note}), {minutes:.0f} min on {cores}'
 
-def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch):
+def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch, no_pictures):
     "... and one with a change does not; here a recipe that is quick"
     monkeypatch.setitem(RECIPES, 'digits', replace(RECIPES['digits'], epochs=1))
     train(device='cpu', out=tmp_path/'as it stands')
@@ -154,11 +154,11 @@ def test_a_folder_is_prepared_as_its_run_says(tmp_path, monkeypatch):
     prepared = {bytes(prep(f).numpy()) for f in tmp_path.rglob('*.png')}
     assert {bytes(x.numpy()) for dl in dls for x in dl.dataset.x} == prepared
 
-def test_same_seed_same_run(tmp_path):
+def test_same_seed_same_run(tmp_path, no_pictures):
     for name in 'ab': vit_train.__wrapped__(epochs=2, seed=3, device='cpu', out=tmp_path/name)
     assert (tmp_path/'a'/'model.safetensors').read_bytes() == (tmp_path/'b'/'model.safetensors').read_bytes()
 
-def test_force_replaces_a_run_and_nothing_else(tmp_path, capsys):
+def test_force_replaces_a_run_and_nothing_else(tmp_path, capsys, no_pictures):
     vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'run')
     first = (tmp_path/'run'/'config.json').read_text()
     with pytest.raises(SystemExit, match='--force to replace'):
@@ -307,7 +307,7 @@ def test_bad_run(name, trained, tmp_path):
     assert str(e.value).startswith('vit_predict: ') and '\n' not in str(e.value)
 
 def test_sentence_on_the_terminal(tmp_path):
-    code, out, err = installed('vit_train', '--data', 'minst', cwd=tmp_path)
+    code, out, err = shell('vit_train', '--data', 'minst', cwd=tmp_path)
     assert code == 1 and out == ''
     assert err.strip() == ("vit_train: there is no data set 'minst' and no folder of that name; "
                            "did you mean mnist or fashion_mnist?")
@@ -646,6 +646,7 @@ def test_names_that_the_terminal_lacks(tmp_path, monkeypatch):
     from vit_nbdev.vit import vit
     save_model(vit('digits'), tmp_path/'run', Preprocessing(8, [0.5], [0.5], in_chans=1, labels=['汉字']*10))
     Image.new('L', (8, 8)).save(tmp_path/'a.png')
-    done = subprocess.run([*command('vit_predict'), 'run', 'a.png'], cwd=tmp_path, capture_output=True,
-                          env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
-    assert done.returncode == 0 and b'\\u6c49\\u5b57 (10.0 %)' in done.stdout, done.stderr
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    vit_predict.__wrapped__(str(tmp_path/'run'), [str(tmp_path/'a.png')], device='cpu')
+    assert b'\\u6c49\\u5b57 (10.0 %)' in terminal.buffer.getvalue()

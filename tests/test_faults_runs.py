@@ -55,7 +55,7 @@ def contents(path): return {p: p.read_bytes() for p in path.rglob('*') if p.is_f
 
 # --- the place of the data (15) ---
 
-def test_a_run_resumes_from_anywhere(tmp_path, monkeypatch):
+def test_a_run_resumes_from_anywhere(tmp_path, monkeypatch, no_pictures):
     "Begun with a relative --data; resumed from another folder, and after the pictures have moved"
     monkeypatch.chdir(pictures(tmp_path/'here'/'pictures').parent)
     part = unfinished(tmp_path/'run', monkeypatch, data='pictures', **FOLDER)
@@ -75,7 +75,7 @@ def test_a_run_resumes_from_anywhere(tmp_path, monkeypatch):
     a, b = ((tmp_path/name/'model.safetensors').read_bytes() for name in ('run', 'moved'))
     assert a == b
 
-def test_resume_from_within_the_folder(tmp_path, monkeypatch):
+def test_resume_from_within_the_folder(tmp_path, monkeypatch, no_pictures):
     part = unfinished(tmp_path/'run', monkeypatch)
     monkeypatch.chdir(part)
     assert load_model(train(resume='.', device='cpu'))[1]['settings']['epochs'] == 2
@@ -211,7 +211,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(capsys):
 
 # --- one process at a time (42) ---
 
-def test_a_run_that_another_process_is_at(tmp_path, monkeypatch):
+def test_a_run_that_another_process_is_at(tmp_path, monkeypatch, no_pictures):
     "Resume of a living run, a second --force on one --out, a new run of that name: each names the other process"
     part = unfinished(tmp_path/'run', monkeypatch)
     holder = """
@@ -284,7 +284,7 @@ def test_ctrl_c_twice_before_the_first_epoch(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 @pytest.mark.parametrize('moment', ['before the rename', 'after the rename'])
-def test_ctrl_c_while_a_run_gets_its_name(moment, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_while_a_run_gets_its_name(moment, tmp_path, monkeypatch, capsys, no_pictures):
     "The run is whole, and nothing says that it was lost"
     put = runs._put_in_place
     def pressed(part, out):

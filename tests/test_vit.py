@@ -3,6 +3,7 @@ import json
 import re
 from copy import deepcopy
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -94,16 +95,20 @@ PUBLISHED = {   # timm's name: our name and what differs from it
     'vit_tiny_patch16_224 with gelu_tanh': ('Ti/16', dict(act='gelu_tanh')),
 }
 
-def pair(name, dtype, **kwargs):
+@lru_cache(maxsize=1)
+def built(name, **kwargs):
+    "Our model and timm's with the same weights, in float32: built once for both precisions, which follow one another"
     timm = pytest.importorskip('timm', reason='needs timm, with which the results are compared')
     ours, changes = PUBLISHED[name]
     extra = {dict(act='act_layer').get(k, k): v for k, v in changes.items() if k in ('img_size', 'qk_norm', 'act')}
     name = name.split()[0]
-    theirs = fill(timm.create_model(name, **extra, **kwargs)).to(dtype)
+    theirs = fill(timm.create_model(name, **extra, **kwargs))
     config = vit_config(ours, **changes | {k: v for k, v in kwargs.items() if k == 'depth'})
-    mine = ViT(config).to(dtype).eval()
+    mine = ViT(config).eval()
     mine.load_state_dict(from_timm(theirs.state_dict(), mine))
     return mine, theirs
+
+def pair(name, dtype, **kwargs): return [model.to(dtype) for model in built(name, **kwargs)]
 
 @pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize('name', PUBLISHED)

