@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 from .data import RandAugment, RandomErase, small_affine   # the first to import fastai: it does so in silence
-import fastai.callback.all, fastai.vision.data   # noqa: F401  gives every Learner fit_one_cycle, lr_find and a bar
+import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a bar and pictures of images
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientClip

@@ -147,6 +147,8 @@ def surest_mistakes(
     wrong = (probs.argmax(1) != targets).nonzero()[:, 0]
     return wrong[probs[wrong].amax(1).argsort(descending=True)]
 
+_NO_TICKS = dict(xticks=[], yticks=[])    # of an axis that is not seen, either: the layout would measure them
+
 def _show(ax, image):
     "An image `(c h w)`, uint8, without axes"
     ax.imshow(image.permute(1, 2, 0), cmap='gray', vmin=0, vmax=255)
@@ -174,7 +176,7 @@ def plot_predictions(
     fig = figure(figsize=(9, 1.45*rows + 0.4))
     first = f', {len(shown)} of them first' if len(shown) else ''
     fig.suptitle(f'{split} split: {len(wrong)} of {len(targets):,} wrong{first}', fontsize=10)
-    axes = fig.subplots(rows, 8, squeeze=False).flat
+    axes = fig.subplots(rows, 8, squeeze=False, subplot_kw=_NO_TICKS).flat
     for ax in axes: ax.axis('off')
     for place, i in enumerate(order):
         _show(axes[place], images[i])
@@ -198,7 +200,7 @@ def plot_mistakes(
     x = preprocessing.normalise(images[worst].to(device))
     heat = heat_map(model, x, target=probs[worst].argmax(1).to(device)).cpu()
     fig = figure(figsize=(1.15*n, 2.9))
-    columns = fig.subplots(2, n, squeeze=False).T
+    columns = fig.subplots(2, n, squeeze=False, subplot_kw=_NO_TICKS).T
     for ax in columns.flat: ax.axis('off')
     for (above, below), i, h in zip(columns, worst.tolist(), heat):
         _show(above, images[i])
@@ -217,7 +219,7 @@ def plot_augmented(
     shown = (preprocessing.denormalise(x[:n].as_subclass(Tensor).float().cpu())*255).round()
     rows = math.ceil(len(shown)/8)
     fig = figure(figsize=(9, 1.3*rows + 0.3))
-    axes = fig.subplots(rows, 8, squeeze=False).ravel()
+    axes = fig.subplots(rows, 8, squeeze=False, subplot_kw=_NO_TICKS).ravel()
     for ax in axes: ax.axis('off')
     for ax, image, c in zip(axes, shown, y.tolist()):
         _show(ax, image.to(torch.uint8))
