@@ -1,5 +1,5 @@
 """Attention maps, what is made of them, and the page: against explicit attention in float64, on every kind of model."""
-import base64, html, io, json, math, re, shutil, subprocess, sys, zlib
+import base64, html, json, math, re, shutil, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np
