@@ -986,10 +986,9 @@ def explain(
         most = int(max_mb*1e6/_page_bytes(model, 1, True))
         raise ValueError(f"{len(pairs):,} images would make a page of over {max_mb:g} MB: give {most} at most, "
                          "or raise --max_mb")
+    if overview: page = _overview(model, prep, pairs, target)
+    else: x = prep.normalise(torch.stack([prep(f) for _, f in pairs]).to(device))
     with whole_file(out) as tmp:       # half a page never takes the place of a whole one
-        if overview: tmp.write_text(_overview(model, prep, pairs, target), encoding='utf-8', errors='backslashreplace')
-        else:
-            names, files = zip(*pairs)
-            x = prep.normalise(torch.stack([prep(f) for f in files]).to(device))
-            explore(model, x, tmp, prep, titles=[Path(name).name for name in names])
+        if overview: tmp.write_text(page, encoding='utf-8', errors='backslashreplace')
+        else: explore(model, x, tmp, prep, titles=[Path(name).name for name, _ in pairs])
     return out
