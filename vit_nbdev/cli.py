@@ -106,7 +106,7 @@ def command(groups: dict|None = None, examples: str = ''):    # as of `parser_of
 
 # %% ../nbs/10_cli.ipynb #040f36b7
 TRAIN_GROUPS = {
-    'data':           'data path columns img_size resize value_range skip_bad stream workers',
+    'data':           'data path columns img_size resize value_range skip_bad stream workers cache',
     'model':          'recipe model',
     'training':       'epochs bs lr seed class_weights early_stop device precision compile',
     'regularisation': 'wd flip mixup cutmix rand_augment',
