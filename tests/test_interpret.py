@@ -467,14 +467,17 @@ def test_bad_input(f, message, kind, changes):
 def data_of(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
+def steps(n): return 255 if n <= 128 else 63
+
 def weights_of(entry, name, scale, n):
     levels = np.frombuffer(zlib.decompress(base64.b64decode(entry[name])), np.uint8).reshape(-1, n, n)
-    return (levels/255)**2*np.array(entry[scale])[:, None, None]
+    return (levels/steps(n))**2*np.array(entry[scale])[:, None, None]
 
 def half_a_step(true):
-    "How far a weight may be off: half of a 255th in the root of its part of the map's largest `(m n n)`"
+    "How far a weight may be off: half of a step in the root of its part of the map's largest `(m n n)`"
     largest = true.amax(dim=(1, 2), keepdim=True)
-    return 1.001*((true*largest).sqrt()/255 + largest/510**2).numpy() + 1e-7
+    n = steps(true.shape[-1])
+    return 1.001*((true*largest).sqrt()/n + largest/(2*n)**2).numpy() + 1e-7
 
 def test_page_holds_the_weights(model):
     "Within half a step of the quantisation, and the readout and the prediction as they are"
@@ -488,6 +491,15 @@ def test_page_holds_the_weights(model):
         assert [label for label, _ in entry['probs']] == [str(i) for i in p.topk(5).indices.tolist()]
         assert entry['probs'][0][1] == pytest.approx(p.max().item(), abs=1e-4)
         assert sum(entry['read']) == pytest.approx(1, abs=1e-5)
+
+def test_large_maps_are_kept_in_fewer_steps():
+    "More than 128 tokens: 63 steps of the root, which the page is told"
+    model = vit('mnist', patch_size=2, depth=1).eval()
+    x = images(model, 1)
+    facts, maps = data_of(explore(model, x)), attention_maps(model, x)[0].flatten(0, 1)
+    kept = weights_of(facts['images'][0], 'maps', 'scale', 196)
+    assert facts['steps'] == 63 and data_of(explore(vit('mnist').eval(), images(model, 1)))['steps'] == 255
+    assert (np.abs(kept - maps.numpy()) <= half_a_step(maps)).all()
 
 def test_page_is_small_and_needs_no_network(tmp_path):
     "Eight images of an MNIST model, also with patches finer than the preset's; all of it is noise, which packs badly"

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from test_vit import close, fill, images
 from vit_nbdev import pretrained
 from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.interpret import explore
 from vit_nbdev.pretrained import load_pretrained, to_timm, to_torchvision
 from vit_nbdev.vit import ViT, ViTConfig, vit, vit_config
 
@@ -821,6 +822,7 @@ def test_a_real_trained_file():
         x = mine.preprocessing.normalise(mine.preprocessing(load_sample_image(name)))[None]
         theirs = torch.from_numpy(session.run([end], {'input_image': x.numpy()})[0])
         with torch.no_grad(): close(mine.forward_features(x), theirs, 1e-5)
+        assert len(explore(mine, x)) < 3e6                      # the page that shows its attention
 
 # ---- open_clip and OpenAI
 

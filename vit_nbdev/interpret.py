@@ -503,10 +503,14 @@ def randomization_check(
     return out
 
 # %% ../nbs/06_interpret.ipynb #bb88845e
+def _steps(n):
+    "How finely the weights among `n` tokens are kept: small maps are read as numbers, too, large ones only seen"
+    return 255 if n <= 128 else 63
+
 def _quantise(maps):
-    "Bytes, and the largest weight of each of the maps `(m n n)`: byte `i` stands for the part `(i/255)**2` of it"
+    "Bytes, and the largest weight of each of the maps `(m n n)`: byte `i` stands for the part `(i/_steps(n))**2` of it"
     largest = maps.amax(dim=(1, 2)).clamp(min=1e-12)
-    levels = ((maps/largest[:, None, None]).sqrt()*255).round().to(torch.uint8).cpu().numpy()
+    levels = ((maps/largest[:, None, None]).sqrt()*_steps(maps.shape[-1])).round().to(torch.uint8).cpu().numpy()
     return levels.tobytes(), largest.tolist()
 
 def _encode(data, compress):
@@ -555,6 +559,7 @@ def _page_facts(model, images, titles, preprocessing, compress):
     about = (f'A ViT of {c.depth} blocks with {c.n_heads} heads; the image is cut into {rows} x {cols} patches '
              f'of {c.patch_size} x {c.patch_size} pixels.')
     return dict(about=about, grid=grid, depth=c.depth, heads=c.n_heads, images=entries, deflated=compress,
+                steps=_steps(maps.shape[-1]),
                 prefix=['class token']*c.has_cls + [f'register {i + 1}' for i in range(c.n_registers)],
                 output=_OUTPUTS[c.pool],
                 colours=_encode(viridis.tobytes(), compress=False))

@@ -52,7 +52,7 @@ async function load(im) {                             // an image counts as load
   draw();
 }
 
-const PART = range(256).map(i => (i/255)**2);         // of the largest weight of a map, for each byte
+const PART = range(256).map(i => (i/D.steps)**2);     // of the largest weight of a map, for each byte
 
 function addRow(out, bytes, scale, map, query, share) {
   const start = (map*N + query)*N;
