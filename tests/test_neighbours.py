@@ -235,6 +235,7 @@ def test_explain_without_a_picture_leaves_no_page(oblong, tmp_path):
     (tmp_path/'empty').mkdir()
     for images in (tmp_path/'empty', [], tmp_path/'nowhere.png', ''):
         with pytest.raises((ValueError, OSError)) as e: explain(oblong, images, tmp_path/'page.html', device='cpu')
+        assert any(word in str(e.value) for word in ('image', 'picture', 'file'))
         assert '\n' not in str(e.value) and not (tmp_path/'page.html').exists()
 
 @pytest.mark.parametrize('images', [None, 3, b'x.png', {'a': 1}, [None], [3], [['x.png']], np.float64(1)], ids=repr)

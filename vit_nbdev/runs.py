@@ -981,6 +981,7 @@ def explain(
     model, prep = trained_model(run)
     if target is not None: target = _class(prep, model.config.n_classes, target)
     pairs, model = _images(images), model.to(device)
+    if not pairs: raise ValueError("there is no image to explain: name files, or folders of images")
     overview = overview or target is not None or _page_bytes(model, len(pairs), False) > max_mb*1e6
     if overview and _page_bytes(model, len(pairs), True) > max_mb*1e6:
         most = int(max_mb*1e6/_page_bytes(model, 1, True))
