@@ -8,6 +8,8 @@ import pytest
 import torch
 from fastai.torch_core import set_seed
 from PIL import Image
+from sklearn.metrics import f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from vit_nbdev import data, photographs, runs
 from vit_nbdev.cli import vit_train
@@ -16,6 +18,7 @@ from vit_nbdev.learner import vit_learner
 from vit_nbdev.photographs import (BadPicture, PictureCache, PictureFiles, PictureRows, RandomCrop, cropped,
                                    dataset_dls)
 from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.report import percent
 from vit_nbdev.runs import predict, save_run, train
 
 PREP = Preprocessing(24, [0.4]*3, [0.3]*3)
@@ -303,6 +306,38 @@ def test_a_run_on_a_table_goes_on(folder, table, tmp_path):
     with pytest.raises(FileNotFoundError, match='labels.csv: say with --data where'): train(resume=tmp_path/'run')
     again = train(table, path=there, resume=tmp_path/'run')
     assert (again/'model.safetensors').read_bytes() == (whole/'model.safetensors').read_bytes()
+
+def test_vit_train_on_several_labels(folder, tmp_path, monkeypatch, capsys):
+    "Trained with a loss for each label, tested by the right sets and by F1, drawn, and predicted"
+    monkeypatch.chdir(tmp_path)
+    truth = {f'{c}/{i}.{"png" if i == 4 else "jpg"}': ([c] if i % 4 else []) + ['even']*(i % 2 == 0) for c in 'ab'
+             for i in range(12)}
+    rows = [f'{f}, {"|".join(cs)} ,{"test" if i % 3 else "train"}' for i, (f, cs) in enumerate(truth.items())]
+    table = broken(tmp_path/'some.csv', ['name,label,split', *rows])
+    vit_train.__wrapped__(str(table), path=str(folder), delim='|', model='digits', img_size=16, bs=4, device='cpu',
+                          epochs=2, lr=1e-2, tta=True)
+    run, out = tmp_path/'runs'/'some', capsys.readouterr().out
+    config, test = json.loads((run/'config.json').read_text()), [row.split(',')[0] for row in rows if 'test' in row]
+    found = predict(run, [folder/f for f in test], device='cpu')
+    assert config['test_accuracy'] == np.mean([r['classes'] == truth[f] for f, r in zip(test, found)])
+    sets = MultiLabelBinarizer(classes=['a', 'b', 'even'])
+    y, said = (sets.fit_transform(x) for x in ([truth[f] for f in test], [r['classes'] for r in found]))
+    assert config['mean_f1'] == pytest.approx(f1_score(y, said, average='macro', zero_division=0)) != 0
+    assert [r['n'] for r in config['class_results']] == y.sum(0).tolist()
+    assert [r['said'] for r in config['class_results']] == said.sum(0).tolist()
+    assert 'tta_accuracy' in config and f"mean F1 of the labels {percent(config['mean_f1'])}" in out
+    assert {p.stem for p in run.glob('*.png')} == {'curves', 'predictions', 'mistakes', 'augmented'}
+    assert 'with all their labels and no other' in (run/'report.html').read_text()
+    assert 'accuracy_multi' in (run/'metrics.csv').read_text()
+
+def test_delim_is_for_tables_whose_images_have_several_labels(folder, table):
+    with pytest.raises(SystemExit, match='--delim is for a CSV file'): vit_train.__wrapped__(str(folder), delim=';')
+    with pytest.raises(SystemExit, match="labels.csv: no image has two labels with ';' between them"):
+        vit_train.__wrapped__(str(table), path=str(folder), columns='file,kind', delim=';', device='cpu')
+    rows = [f'{c}/{i}.jpg,{c};{i % 2}' for c in 'ab' for i in range(6, 12)]
+    with pytest.raises(SystemExit, match='class_weights needs one class an image'):
+        vit_train.__wrapped__(str(broken(table, ['name,label', *rows])), delim=';', class_weights=True, img_size=8,
+                              model='digits', device='cpu')
 
 def test_several_labels_an_image(folder, tmp_path):
     "In Python: the loaders, a fit, a run folder that predicts a probability for each label"

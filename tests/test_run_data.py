@@ -11,13 +11,15 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import Image
+from sklearn.metrics import f1_score
 
 from vit_nbdev.cli import vit_predict, vit_train
 from vit_nbdev.data import small_affine, tensor_dls
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.report import (balanced_accuracy, class_results, draw_pictures, percent, plot_confusion,
-                              plot_predictions, write_report)
+from vit_nbdev.report import (all_right, balanced_accuracy, class_results, decided, draw_pictures, mean_f1, percent,
+                              plot_augmented, plot_confusion, plot_mistakes, plot_predictions, surest_mistakes,
+                              write_report)
 from vit_nbdev.runs import predict, save_model
 from vit_nbdev.vit import vit
 
@@ -178,6 +180,31 @@ def test_the_page_has_each_class(name, tmp_path):
     rows = re.findall('<tr><td>(many|few)</td><td>(.*?)</td>', page)
     assert sorted(rows) == [('few', few), ('many', many)]
     assert re.search(f'class="big">{percent(accuracy)}, balanced over the classes {percent(balanced)}', page)
+
+SEVERAL = torch.tensor([[1., 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]])     # labels x, y and z of four images
+SAID = torch.tensor([[.9, .2, .7], [.1, .8, .6], [.4, .1, .3], [.2, .5, .1]])   # wrong: z of the second, x of the last
+
+def test_results_of_several_labels():
+    predictions = decided(SAID, SEVERAL)
+    assert predictions.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 0], [0, 1, 0]]
+    assert all_right(SEVERAL, predictions).tolist() == [True, False, True, False]
+    results = class_results(SEVERAL, predictions, ['x', 'y', 'z'])
+    assert results == [dict(name=name, right=r, n=n, said=said)
+                       for name, r, n, said in (('x', 1, 2, 1), ('y', 2, 2, 2), ('z', 1, 1, 2))]
+    assert mean_f1(results) == pytest.approx(f1_score(SEVERAL, predictions, average='macro'))
+    assert surest_mistakes(SEVERAL, SAID).tolist() == [3, 1]           # off by 0.8, and by 0.6
+
+def test_pictures_of_several_labels():
+    set_seed(0)
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    prep = Preprocessing(8, [0.5], [0.5], in_chans=1, labels=tuple('xyz'))
+    def titles(fig): return [ax.get_title() for ax in fig.axes if ax.get_title()]
+    expected = ['y\ntrue: x, y', 'y, z\ntrue: y', 'x, z', '(none)']
+    assert titles(plot_predictions(images, SEVERAL, SAID, 'xyz')) == expected
+    model = vit('digits', in_chans=1, img_size=8, n_classes=3, depth=1).eval()
+    worst = titles(plot_mistakes(model, images, SEVERAL, SAID, prep, n=2))
+    assert worst == [*expected[:2], 'for x', 'for z']
+    assert titles(plot_augmented(torch.zeros(4, 1, 8, 8), SEVERAL, prep)) == ['x, z', 'y', '(none)', 'x, y']
 
 # --- what is no ordinary file ---
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vit_nbdev.data import folder_dls, table_dls
+from vit_nbdev.data import describe, fact_lines, folder_dls, table_dls
 from vit_nbdev.learner import vit_learner
 from vit_nbdev.photographs import PictureFiles
 from vit_nbdev.preprocessing import Preprocessing
@@ -49,6 +49,21 @@ def test_several_labels_an_image(table, tmp_path, stream):
     assert type(learn.loss_func).__name__ == 'BCEWithLogitsLossFlat' and learn.model.config.n_classes == 4
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert torch.isfinite(torch.tensor(learn.recorder.values[-1][:2])).all()
+
+def test_images_without_a_label_and_labels_of_one_image(table, tmp_path):
+    "The first are said, the second stay in training, whatever the seed"
+    table['kind'] = ['a;b', '', ' ;', float('nan'), *['a', 'b', ' a ;; b ']*5, 'rare']
+    for seed in range(5):
+        dls = table_dls(table, tmp_path, 'file', 'kind', delim=';', seed=seed, **HOW)
+        assert [len(dl.dataset) for dl in dls.loaders] == [14, 3, 3] and list(dls.vocab) == ['a', 'b', 'rare']
+        seen = dict(pair for dl in dls.loaders for pair in greys(dl))
+        assert [seen[i] for i in (0, 1, 2, 3, 6, 19)] == [[1, 1, 0], *[[0, 0, 0]]*3, [1, 1, 0], [0, 0, 1]]
+        assert (19, [0., 0., 1.]) in greys(dls.train)
+    lines = fact_lines(describe(dls))
+    assert 'note: 3 images have no label, and are taken for images of none of the classes' in lines
+    assert 'note: the classes differ much in size: look at the F1 of each label' in lines
+    with pytest.raises(ValueError, match='3 images are too few to set 1 apart for test'):
+        table_dls(table.iloc[[0, 4, 19]].replace({'a': 'c'}), tmp_path, 'file', 'kind', delim=';', **HOW)
 
 BAD = {
     'missing': (lambda t: t.replace({'file': {'3.png': 'x.png', '5.png': 'y.png'}}), {},

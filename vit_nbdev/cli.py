@@ -106,7 +106,7 @@ def command(groups: dict|None = None, examples: str = ''):    # as of `parser_of
 
 # %% ../nbs/10_cli.ipynb #040f36b7
 TRAIN_GROUPS = {
-    'data':           'data path columns img_size resize value_range skip_bad stream workers cache',
+    'data':           'data path columns delim img_size resize value_range skip_bad stream workers cache',
     'model':          'recipe model',
     'training':       'epochs bs lr seed class_weights early_stop device precision compile',
     'regularisation': 'wd flip mixup cutmix rand_augment',
@@ -127,6 +127,7 @@ def vit_train(
     data:str=None,        # digits (default), mnist, fashion_mnist, cifar10, a folder of folders, or a CSV file
     path:str=None,        # where the data set is (default: $VIT_NBDEV_DATA, else fastai's); of a CSV: its files
     columns:str=None,     # of a CSV file (default: name,label,split; with no split, 15 % are set apart twice)
+    delim:str=None,       # of a CSV file: what stands between the labels of an image that has several
     img_size:int=None,    # side to which the images of a folder are resized (default: that of the model)
     resize:str=None,      # pictures of a folder: crop (cut out the middle, the default), squash, or pad (add a border)
     value_range:str=None, # black,white in a folder's files: 0,4095, or --value_range=-1,1 (default: of 8 and 16 bits)
@@ -166,7 +167,6 @@ def vit_train(
         from vit_nbdev.runs import train
         train(**options)
 
-
 # %% ../nbs/10_cli.ipynb #cli00011
 def _one_or_more(help):
     "The annotation of an argument that takes several words, in the forms of fastcore 1 and of fastcore 2"
@@ -181,9 +181,10 @@ def _source(run, pretrained):
     with redirect_stdout(sys.stderr): return load_pretrained(run)
 
 def _line(result, labels, top):
-    "A prediction as a person reads it"
+    "A prediction as a person reads it: the `top` classes, or all that an image has where it may have several"
     from vit_nbdev.report import percent
-    likeliest = sorted(enumerate(result['probabilities']), key=lambda item: -item[1])[:top]
+    likeliest = sorted(enumerate(result['probabilities']), key=lambda item: -item[1])
+    likeliest = likeliest[:max(top, len(result.get('classes', [])))]
     return f"{result['file']}: " + ', '.join(f'{labels[i]} ({percent(p, 1)})' for i, p in likeliest)
 
 # %% ../nbs/10_cli.ipynb #ab2c5037

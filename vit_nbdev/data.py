@@ -779,13 +779,16 @@ def table_dls(
     **streaming,
 ) -> DataLoaders:                         # with several labels, `y` is 0 and 1 for each class
     "Images that a table names, in memory or streamed"
-    rows, where = _rows(table, [name, label, *([split] if split else [])])
+    rows, where = _rows(table, [name, label, *([split] if split else [])], filled=[name] if delim else [name, label])
     if split is None and 'split' in rows: split = 'split'
     if path is None: path = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
     files = [Path(path)/str(f).strip() for f in rows[name]]
     if missing := [f for f in files if not f.is_file()]:
         raise FileNotFoundError(f"{where}: {len(missing):,} of {len(files):,} files are not there: {some(missing)}")
-    labels = [str(c).strip() for c in rows[label]]
+    labels = ['' if pd.isna(c) else str(c).strip() for c in rows[label]]
+    if delim and not any(delim in c for c in labels):
+        raise ValueError(f"{where}: no image has two labels with {delim!r} between them: say what stands there "
+                         "(--delim), or leave it out where each image has one label")
     if delim: labels = [sorted({part.strip() for part in c.split(delim)} - {''}) for c in labels]
     splits = [str(s).strip().lower() for s in rows[split]] if split else ['train']*len(files)
     if unknown := set(splits) - set(SPLITS):
@@ -807,8 +810,8 @@ def table_dls(
                      augment=augment, device=device)
 
 # %% ../nbs/03_data.ipynb #b67923c9
-def _rows(table, columns):
-    "A table whose `columns` are there and filled, and its name"
+def _rows(table, columns, filled):
+    "A table whose `columns` are there, some of them `filled` in each row; and its name"
     where = 'the table' if isinstance(table, pd.DataFrame) else str(table)
     if not isinstance(table, pd.DataFrame):
         if not Path(table).is_file(): raise FileNotFoundError(f"there is no table {table}")
@@ -819,7 +822,7 @@ def _rows(table, columns):
         raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}; "
                          "say which hold the names and the labels (--columns name,label)")
     if not len(table): raise ValueError(f"{where} holds no row")
-    for c in columns[:2]:
+    for c in filled:
         empty = [i + 1 for i, x in enumerate(table[c]) if pd.isna(x) or not str(x).strip()]
         if empty: raise ValueError(f"{where}: the column {c!r} is empty in row {some(empty)} (the first is 1)")
     names = table[columns[0]].astype(str).str.strip()
@@ -829,13 +832,16 @@ def _rows(table, columns):
 def _single(labels): return [c for several in labels for c in ([several] if isinstance(several, str) else several)]
 
 def _set_apart_several(found, seed):
-    "As `_set_apart`, where an image has several labels: at random"
+    "As `_set_apart`, where an image has several labels: at random, but so that no label is missing in training"
     rng = np.random.default_rng(seed)
     n = max(round(0.15*len(found['train'][0])), 1)
     for split in ('test', 'valid'):
         if split in found: continue
         order, pairs = rng.permutation(len(found['train'][0])), list(zip(*found['train']))
-        if len(order) < 3: raise ValueError(f"{len(order)} images are too few to set some apart for {split}")
+        stay = set({c: i for i in order.tolist() for c in pairs[i][1]}.values())    # one of each label
+        order = [*(i for i in order if i not in stay), *stay]
+        if len(order) - len(stay) < n:
+            raise ValueError(f"{len(order)} images are too few to set {n} apart for {split}: add some to each label")
         for s, part in ((split, order[:n]), ('train', order[n:])):
             found[s] = [pairs[i][0] for i in sorted(part)], [pairs[i][1] for i in sorted(part)]
     return {split: found[split] for split in ('train', 'valid', 'test')}
@@ -850,6 +856,8 @@ def describe(
     def count(y): return y.bincount(minlength=len(vocab)) if y.dim() == 1 else y.sum(0).long()
     counts = {name: count(ds.y).tolist() for name, ds in splits.items()}
     train = splits['train']
+    several = [ds.y for ds in splits.values() if ds.y.dim() == 2]
+    if several: source = source | dict(unlabelled=sum(int((y.sum(1) == 0).sum()) for y in several))
     splits = {name: dict(images=len(ds), folder=source.get('folders', {}).get(name),
                          also_in_train=0 if name == 'train' else ds.also_in(train))
               for name, ds in splits.items()}
@@ -899,7 +907,10 @@ def fact_lines(
     if c['bright'] - c['dark'] <= 64:
         lines.append(f"note: there is little contrast, training pixels run from {c['dark']} to {c['bright']} of "
                      "255: if black and white have other values in the files, say so (--value_range black,white)")
+    if n_bare := facts.get('unlabelled'):
+        lines.append(f"note: {n_bare:,} images have no label, and are taken for images of none of the classes")
     if c['one_colour']: lines.append(f"note: {c['one_colour']:,} of {n:,} training images show a single colour")
     if train[-1][0] > 3*train[0][0]:
-        lines.append("note: the classes differ much in size: look at the balanced accuracy, and at --class_weights")
+        hint = "the balanced accuracy, and at --class_weights" if 'unlabelled' not in facts else 'the F1 of each label'
+        lines.append(f"note: the classes differ much in size: look at {hint}")
     return lines

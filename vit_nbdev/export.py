@@ -135,9 +135,11 @@ def _how_good(config):
         return f"Never tested. In the last of {config.get('epochs', 0)} epochs: {said or 'nothing was recorded'}."
     n, accuracy = config['n_test'], config['test_accuracy']
     low, high = map(percent, wilson(round(accuracy*n), n))
-    said = (f"{percent(accuracy)} of {n:,} test images are classified rightly (95 % interval {low} to {high}), the "
-            f"mean of the classes is {percent(config['balanced_accuracy'])}. This is one training, with seed "
-            f"{config['settings']['seed']}; the test images had no part in it.")
+    right, also = 'are classified rightly', f"mean of the classes is {percent(config.get('balanced_accuracy', 0))}"
+    if (f1 := config.get('mean_f1')) is not None:
+        right, also = 'have all their labels right', f"labels' mean F1 is {percent(f1)}"
+    said = (f"{percent(accuracy)} of {n:,} test images {right} (95 % interval {low} to {high}), the {also}. This is "
+            f"one training, with seed {config['settings']['seed']}; the test images had no part in it.")
     if 'best_epoch' in config: said += f" Kept is epoch {config['best_epoch']} of {config['epochs_trained']}."
     if 'tta_accuracy' in config:
         said += f" Averaged over {config['tta_views']} views of each image: {percent(config['tta_accuracy'])}."

@@ -356,6 +356,7 @@ def weighted_loss(
 ) -> CrossEntropyLossFlat:
     "Cross-entropy in which each class of the training images counts the same, however many images it has"
     y = dls.train_ds.y.numpy()
+    if y.ndim == 2: raise ValueError("class_weights needs one class an image: leave it out where there are several")
     weights = compute_class_weight('balanced', classes=np.arange(len(dls.vocab)), y=y)
     weights = torch.tensor(weights, dtype=torch.float32, device=dls.device)
     return CrossEntropyLossFlat(weight=weights, label_smoothing=label_smoothing)

@@ -48,8 +48,8 @@ from .interpret import METHODS, explore, fill_page, show_attention
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
 from .preprocessing import Preprocessing
 from .pretrained import load_pretrained
-from .report import (balanced_accuracy, class_results, draw_pictures, percent, why_not, with_glyphs,
-                              write_report)
+from .report import (all_right, balanced_accuracy, class_results, decided, draw_pictures, mean_f1, percent,
+                              why_not, with_glyphs, write_report)
 from .vit import ViT, ViTConfig, vit_config
 
 # %% ../nbs/09_runs.ipynb #dfeb3724
@@ -134,7 +134,8 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
     if class_weights: changed['class_weights'] = True
     r = replace(RECIPES[name], **changed)
-    if read.get('columns') and not _is_table(path): raise ValueError("--columns is for a CSV file: leave it out")
+    for option in ('columns', 'delim'):
+        if read.get(option) and not _is_table(path): raise ValueError(f"--{option} is for a CSV file: leave it out")
     if img_size is not None and r.data != 'folder':
         raise ValueError(f"the images of {r.data} have a size of their own: leave out --img_size")
     for option, value in read.items():
@@ -223,7 +224,8 @@ def _loaders(settings, device):
     how = {k: settings[k] for k in ('skip_bad', 'stream', 'workers', 'cache') if settings.get(k) is not None}
     files_dls = folder_dls
     if _is_table(settings['path']):
-        files_dls = partial(table_dls, path=settings.get('pictures'), **_columns(settings.get('columns')))
+        files_dls = partial(table_dls, path=settings.get('pictures'), delim=settings.get('delim'),
+                            **_columns(settings.get('columns')))
     if r.pretrained: return r, files_dls(settings['path'], preprocessing=_as_weights_need(settings), **how, **kwargs)
     in_chans = vit_config(r.model).in_chans
     how |= {k: settings[k] for k in ('resize', 'value_range') if settings.get(k)}
@@ -599,38 +601,40 @@ def views(
 @torch.no_grad()
 def class_probabilities(
     model: ViT,           # on the device of the loader
-    dl,                   # a loader of images and classes
+    dl,                   # a loader of images and classes, or of 0 and 1 for each label
     look=lambda x: [x],   # gives the views of a batch of images, whose probabilities are averaged: see `views`
 ) -> tuple[Tensor, Tensor]:  # probabilities `(n classes)` and true classes `(n)`
     "What the model says of all images of a loader"
     model.eval()
     probs, targets = [], []
     for xb, yb in dl:
-        said = [model(x).float().softmax(1) for x in look(xb.as_subclass(Tensor))]
+        said = [model(x).float() for x in look(xb.as_subclass(Tensor))]
+        said = [logits.softmax(1) if yb.dim() == 1 else logits.sigmoid() for logits in said]
         probs.append(torch.stack(said).mean(0).cpu())
         targets.append(yb.as_subclass(Tensor).cpu())
     return torch.cat(probs), torch.cat(targets)
 
 def _finish(learn, test, preprocessing, part, facts, say):
-    "Test the model, once, write the results and then the pictures of them; gives the accuracy, also the balanced one"
+    "Test the model, once, write the results and then the pictures of them; gives the accuracy"
     probs, targets = class_probabilities(learn.model, test)
-    accuracy = (probs.argmax(1) == targets).double().mean().item()
-    results = class_results(targets, probs.argmax(1), preprocessing.labels)
-    balanced = balanced_accuracy(results)
+    def accuracy_of(probs): return all_right(targets, decided(probs, targets)).double().mean().item()
+    accuracy, results = accuracy_of(probs), class_results(targets, decided(probs, targets), preprocessing.labels)
+    if targets.dim() == 1: facts |= dict(balanced_accuracy=balanced_accuracy(results))
+    else: facts |= dict(mean_f1=mean_f1(results))
     parameters = sum(p.numel() for p in learn.model.parameters())
     if facts['settings']['tta']:
         mirror = facts['settings']['flip']
         mean, _ = class_probabilities(learn.model, test, partial(views, mirror=mirror))
-        facts |= dict(tta_accuracy=(mean.argmax(1) == targets).double().mean().item(), tta_views=10 if mirror else 5)
+        facts |= dict(tta_accuracy=accuracy_of(mean), tta_views=10 if mirror else 5)
     save_model(learn.model, part, preprocessing, **facts, parameters=parameters, test_accuracy=accuracy,
-               n_test=len(targets), balanced_accuracy=balanced, class_results=results)
+               n_test=len(targets), class_results=results)
     model, config = load_model(part)
     failed = draw_pictures(part, model.to(test.device), learn.recorder.values, test.dataset.x, targets, probs,
                            preprocessing, training=getattr(learn.dls.train, 'dl', learn.dls.train).one_batch)
     try: write_report(part, config)
     except Exception as e: failed['report'] = why_not(e, part/'report.html')
     for name, why in failed.items(): say(f"{name} could not be drawn and is left out ({' '.join(why.split())[:200]})")
-    return accuracy, balanced
+    return accuracy
 
 # %% ../nbs/09_runs.ipynb #run00012
 def _describe(say, s, r, dls, learn, device):
@@ -734,6 +738,7 @@ def train(
     data: str|None = None,       # 'digits' (default), 'mnist', 'fashion_mnist', 'cifar10', a folder of folders, a CSV
     path: str|Path|None = None,  # where the data set is kept, default `data_path()`; or the files that a CSV names
     columns: str|None = None,    # of a CSV file: 'name,label' or 'name,label,split', as in `table_dls`
+    delim: str|None = None,      # of a CSV file: what stands between the labels of an image that has several
     recipe: str|None = None,     # a key of `RECIPES`; default: the one that is named like the data
     model: str|None = None,      # a name that `vit` knows; this and the next three: default as in the recipe
     epochs: int|None = None,     # how often each training image is seen
@@ -770,7 +775,7 @@ def train(
     "Train a ViT, test it once, and leave a run folder"
     pictures = None
     if path is not None and _is_table(data): path, pictures = None, os.path.abspath(path)
-    given = dict(data=data, path=None if path is None else str(path), pictures=pictures, columns=columns,
+    given = dict(data=data, path=None if path is None else str(path), pictures=pictures, columns=columns, delim=delim,
                  recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr,
                  seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
                  class_weights=class_weights or None, resize=resize, value_range=_two_numbers(value_range),
@@ -807,8 +812,10 @@ def train(
             facts |= dict(best_epoch=best.best + 1, epochs_trained=best.last + 1)
             say(f"kept    epoch {best.best + 1} of {best.last + 1}, the best in validation")
         if rank_distrib(): return out
-        accuracy, balanced = _finish(learn, test, dls.preprocessing, part, facts, say)
-    say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)}), mean of the classes {percent(balanced)}")
+        accuracy = _finish(learn, test, dls.preprocessing, part, facts, say)
+    if 'mean_f1' in facts: also = f"for all labels of an image, mean F1 of the labels {percent(facts['mean_f1'])}"
+    else: also = f"mean of the classes {percent(facts['balanced_accuracy'])}"
+    say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)}), {also}")
     if 'tta_accuracy' in facts: say(f"{facts['tta_views']} views of each: {percent(facts['tta_accuracy'])}")
     say(f"trained in {seconds:.0f} s; in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
     say(f"use it: vit_predict {out} {out/'samples'/'*.png'}")
