@@ -392,7 +392,7 @@ def test_exercise(code, stub, check, text, slow):
     if 'compare(' in check and not slow: check = check.replace('compare(', 'compare_one(')
     names = definitions(code)
     # one seed in place of five, which would take half a minute: one with which the stub fails
-    names['compare_one'] = lambda mixers, task, **kwargs: one_seed(names, mixers, task, **kwargs)
+    names['compare_one'] = lambda mixers, task, **kwargs: one_seed(names, mixers, task, steps=300, **kwargs)
     with pytest.raises(AssertionError) as failed: exec(stub + '\n' + check, names)
     assert str(failed.value), 'the check says nothing'
     solution = re.search(r'```python\n(.*?)```', text, re.S)
@@ -406,3 +406,14 @@ def one_seed(names, mixers, task, **kwargs):
     model = names['train'](*mixers.values(), 2, task, **kwargs)
     found = names['accuracy'](model, 2, task)
     return model, pd.DataFrame([[found, found]], mixers, ['mean', 'seed 2'])
+
+@pytest.mark.parametrize('n_heads', [2, 4])
+def test_heads(n_heads):
+    "Several heads look up two cues, with one seed and in fewer steps than in the chapter's slow cells"
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    names = definitions([''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code'])
+    task = dict(task=names['two_questions'], n_tokens=31, n_out=8, steps=300)
+    model, table = one_seed(names, {n_heads: lambda: names['FirstAsks'](32, n_heads)}, **task)
+    assert table.loc[n_heads, 'mean'] > 99
+    names['x'] = names['two_questions'](100, torch.Generator().manual_seed(5))[0]
+    close(names['shares'](model).sum(dim=1), torch.ones(n_heads), 1e-6)          # every token has one role
