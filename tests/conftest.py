@@ -1,5 +1,6 @@
 """`pytest --slow` runs the slow cells of the notebooks, too; `pytest -n 2 --dist worksteal` takes two cores."""
 import os
+from itertools import islice
 
 import pytest
 
@@ -9,6 +10,19 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true',
                      help='run the cells that carry `#| slow`, too (about an hour on two cores)')
+
+def pytest_collection_modifyitems(items):
+    """With several workers the notebooks come first, since they take longest: at the end no core waits for another
+
+    Each worker begins with a stretch of the list, the notebooks of its share at the head.
+    """
+    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+    longest = [item for item in items if item.originalname == 'test_notebook']
+    rest, ordered = iter([item for item in items if item not in longest]), []
+    for i in range(workers):
+        size, first = (len(items) - len(ordered))//(workers - i), longest[i::workers]
+        ordered += first + list(islice(rest, max(size - len(first), 0)))
+    items[:] = [*ordered, *rest]
 
 @pytest.fixture(scope='session')
 def slow(pytestconfig): return pytestconfig.getoption('--slow')
@@ -25,6 +39,19 @@ def pictures(tmp_path_factory):
             shape = (28, 28, 3) if i % 2 else (60, 44, 3)
             Image.fromarray(rng.normal(level, 30, shape).clip(0, 255).astype(np.uint8)).save(path/label/f'{i:02}.png')
     return path
+
+def _few_digits():
+    "The digits with 256 images to train, for tests that don't ask how well a run does; not for other processes"
+    from sklearn.utils import Bunch
+    from vit_nbdev import data
+    digits, n = data.load_digits(), 256 + 180 + 360
+    few = Bunch(images=digits.images[:n], target=digits.target[:n])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(data, 'load_digits', lambda: few)
+        yield
+
+few_digits = pytest.fixture(_few_digits)
+few_digits_in_module = pytest.fixture(scope='module')(_few_digits)
 
 @pytest.fixture
 def no_pictures(monkeypatch):

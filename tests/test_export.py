@@ -77,7 +77,7 @@ def test_the_model_is_as_it_was(tmp_path):
 # --- on the hub ---
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, few_digits_in_module):
     return train(epochs=1, bs=128, tta=True, early_stop=1, device='cpu', out=tmp_path_factory.mktemp('runs')/'digits')
 
 @pytest.fixture

@@ -14,8 +14,11 @@ from vit_nbdev.cli import plain_errors, vit_explain, vit_predict, vit_train
 from vit_nbdev.data import digits_dls
 from vit_nbdev.learner import save_atomic
 from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.report import plot_curves
 from vit_nbdev.runs import explain, load_model, predict, save_model, train
 from vit_nbdev.vit import vit
+
+pytestmark = pytest.mark.usefixtures('few_digits_in_module')
 
 class Killed(BaseException): "What a run dies of here: no error that anybody catches"
 
@@ -156,6 +159,10 @@ def whole(tmp_path_factory): return train(epochs=2, device='cpu', out=tmp_path_f
 @pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'metrics.csv', 'checkpoint.pt'])
 def test_a_full_disk_costs_no_training(name, whole, tmp_path, monkeypatch):
     "The file is named, and so is --resume, which ends the run with the same bytes"
+    def curves_only(folder, model, values, *_, **__):
+        plot_curves(*zip(*values)).savefig(folder/'curves.png', dpi=110)
+        return {}
+    monkeypatch.setattr(runs, 'draw_pictures', curves_only)
     epoch = dict(n=0)
     def hit(path):
         epoch['n'] += path.name == f'{name}.tmp'
@@ -240,7 +247,7 @@ def test_a_living_run_is_locked(tmp_path, monkeypatch):
         train(epochs=1, device='cpu', out=tmp_path/'run')
     assert (tmp_path/'run.part'/'checkpoint.pt').is_file()
 
-def test_force_begins_an_unfinished_run_anew(tmp_path, monkeypatch):
+def test_force_begins_an_unfinished_run_anew(tmp_path, monkeypatch, no_pictures):
     part = unfinished(tmp_path/'run', monkeypatch)
     (part/'samples').mkdir()
     (part/'samples'/'old.png').write_text('x')

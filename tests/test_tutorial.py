@@ -37,7 +37,7 @@ LOADERS = {
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', LOADERS)
-def test_the_vision_tutorial(name, pictures, tmp_path, monkeypatch):
+def test_the_vision_tutorial(name, pictures, tmp_path, monkeypatch, few_digits):
     monkeypatch.chdir(tmp_path)
     set_seed(0)
     dls = LOADERS[name](pictures)
@@ -77,7 +77,7 @@ def test_the_vision_tutorial(name, pictures, tmp_path, monkeypatch):
         with again.no_bar(): torch.testing.assert_close(again.predict('new.png')[2], p, atol=1e-6, rtol=1e-5)
         assert len(again.dls.valid_ds) == 0
 
-def test_bf16_on_loaders_of_ours():
+def test_bf16_on_loaders_of_ours(few_digits):
     learn = vit_learner(digits_dls(device='cpu'), 'digits').to_bf16()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert learn.recorder.losses[-1] < 3
