@@ -250,8 +250,11 @@ TABLES = {   # the rows, and what is said of them
     'empty': ([], "labels.csv can't be read as a CSV file"),
     'no row': (['name,label'], 'labels.csv holds no row$'),
     'columns': (['file,kind', 'a/0.jpg,a'], 'no column label, name: its columns are file, kind; .*--columns'),
-    'one column': (['name;label', 'a/0.jpg;a'], 'no column label, name: its columns are name;label'),
-    'missing': (['name,label', 'a/0.jpg,a', 'a/x.jpg,b', 'a/y.jpg,b'], '2 of 3 files are not there: .*x.jpg, .*y'),
+    'one column': (['name;label', 'a/0.jpg;a'], 'its columns are name;label; there is one only, so write commas'),
+    'comma': (['name,label', 'a/0.jpg,a', 'b/0.jpg,b,even'], 'some rows have more fields .* double quotes'),
+    'commas': (['name,label', 'a/0.jpg,a,even', 'b/0.jpg,b,even'], 'some rows have more fields .* double quotes'),
+    'quote': (['name,label', 'a/0.jpg,"a', 'b/0.jpg,b'], "can't be read as a CSV file: .*EOF inside string"),
+    'missing': (['name,label', 'a/0.jpg,a', 'a/x.jpg,b', 'a/y.jpg,b'], '2 of 3 files are not there: .*x.*y.*--path'),
     'no label': (['name,label', 'a/0.jpg,a', 'a/1.jpg, '], "column 'label' is empty in row 2"),
     'twice': (['name,label', 'a/0.jpg,a', 'a/0.jpg,b'], 'names a/0.jpg twice'),
     'one class': (['name,label', 'a/0.jpg,a', 'a/1.jpg, a'], 'has a to train with: two classes or more'),
@@ -269,6 +272,11 @@ def test_a_table_that_cant_be_used(case, folder):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         table_dls(broken(folder/'labels.csv', rows), bs=4, device='cpu')
 
+def test_a_table_that_is_no_text(tmp_path):
+    (tmp_path/'latin.csv').write_bytes('name,label\na.jpg,caf\xe9\n'.encode('latin1'))
+    with pytest.raises(ValueError, match="latin.csv can't be read as a CSV file: save it anew in UTF-8"):
+        table_dls(tmp_path/'latin.csv')
+
 def test_a_class_that_only_training_has_is_said(folder):
     rows = [f'{c}/{i}.jpg,{c},{"valid" if i > 9 and c == "a" else "train"}' for c in 'ab' for i in range(6, 12)]
     dls = table_dls(broken(folder/'labels.csv', ['name,label,split', *rows]), img_size=8, bs=4, device='cpu')
@@ -283,7 +291,9 @@ def test_vit_train_on_a_table(folder, table, tmp_path, monkeypatch, capsys):
     run = tmp_path/'runs'/tmp_path.name
     config = json.loads((run/'config.json').read_text())
     assert config['settings']['path'] == str(table) and config['settings']['pictures'] == str(folder)
-    assert config['n_test'] == 4 and '16 images to train' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert config['n_test'] == 4 and '16 images to train' in out
+    assert out.count('--pretrained') == out.count('hint    8 training images a class are few') == 1
     assert predict(run, folder/'a'/'0.jpg', device='cpu')[0]['class'] in ('a', 'b')
     with pytest.raises(SystemExit, match='vit_train: .*no column label, name: its columns are file, kind'):
         vit_train.__wrapped__(str(table), **how | dict(columns=None))
@@ -314,6 +324,7 @@ def test_vit_train_on_several_labels(folder, tmp_path, monkeypatch, capsys):
              for i in range(12)}
     rows = [f'{f}, {"|".join(cs)} ,{"test" if i % 3 else "train"}' for i, (f, cs) in enumerate(truth.items())]
     table = broken(tmp_path/'some.csv', ['name,label,split', *rows])
+    monkeypatch.setattr(runs, '_FEW', 2)
     vit_train.__wrapped__(str(table), path=str(folder), delim='|', model='digits', img_size=16, bs=4, device='cpu',
                           epochs=2, lr=1e-2, tta=True)
     run, out = tmp_path/'runs'/'some', capsys.readouterr().out
@@ -325,7 +336,8 @@ def test_vit_train_on_several_labels(folder, tmp_path, monkeypatch, capsys):
     assert config['mean_f1'] == pytest.approx(f1_score(y, said, average='macro', zero_division=0)) != 0
     assert [r['n'] for r in config['class_results']] == y.sum(0).tolist()
     assert [r['said'] for r in config['class_results']] == said.sum(0).tolist()
-    assert 'tta_accuracy' in config and f"mean F1 of the labels {percent(config['mean_f1'])}" in out
+    assert 'tta_accuracy' in config and 'hint' not in out       # 8 images of 3 labels
+    assert f"mean F1 of the labels {percent(config['mean_f1'])}" in out
     assert {p.stem for p in run.glob('*.png')} == {'curves', 'predictions', 'mistakes', 'augmented'}
     assert 'with all their labels and no other' in (run/'report.html').read_text()
     assert 'accuracy_multi' in (run/'metrics.csv').read_text()

@@ -784,7 +784,8 @@ def table_dls(
     if path is None: path = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
     files = [Path(path)/str(f).strip() for f in rows[name]]
     if missing := [f for f in files if not f.is_file()]:
-        raise FileNotFoundError(f"{where}: {len(missing):,} of {len(files):,} files are not there: {some(missing)}")
+        raise FileNotFoundError(f"{where}: {len(missing):,} of {len(files):,} files are not there: {some(missing)}; "
+                                "say with path (--path) in which folder they are, or take out their rows")
     labels = ['' if pd.isna(c) else str(c).strip() for c in rows[label]]
     if delim and not any(delim in c for c in labels):
         raise ValueError(f"{where}: no image has two labels with {delim!r} between them: say what stands there "
@@ -809,18 +810,30 @@ def table_dls(
     return _file_dls(found, again, prep, preprocessing is None, source, {}, skip_bad, stream, streaming, bs=bs,
                      augment=augment, device=device)
 
+# %% ../nbs/03_data.ipynb #177a0311
+def _read_csv(file):
+    "A table of texts; ValueError if a row is too long, where pandas may drop what is at its end"
+    if not Path(file).is_file(): raise FileNotFoundError(f"there is no table {file}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)
+            return pd.read_csv(file, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
+    except (ValueError, pd.errors.ParserWarning) as e:
+        why = 'save it anew in UTF-8' if isinstance(e, UnicodeError) else _first_line(e)
+        if isinstance(e, pd.errors.ParserWarning) or 'Expected' in why:
+            why = 'some rows have more fields than the first; put what has a comma in it into double quotes'
+        raise ValueError(f"{file} can't be read as a CSV file: {why}") from e
+
 # %% ../nbs/03_data.ipynb #b67923c9
 def _rows(table, columns, filled):
     "A table whose `columns` are there, some of them `filled` in each row; and its name"
     where = 'the table' if isinstance(table, pd.DataFrame) else str(table)
-    if not isinstance(table, pd.DataFrame):
-        if not Path(table).is_file(): raise FileNotFoundError(f"there is no table {table}")
-        try: table = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
-        except ValueError as e: raise ValueError(f"{where} can't be read as a CSV file: {_first_line(e)}") from e
+    if not isinstance(table, pd.DataFrame): table = _read_csv(table)
     table = table.rename(columns=lambda c: str(c).strip())
     if unknown := [c for c in columns if c not in table]:
-        raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}; "
-                         "say which hold the names and the labels (--columns name,label)")
+        what = "say which hold the names and the labels (--columns name,label)"
+        if len(table.columns) == 1: what = "there is one only, so write commas between the columns"
+        raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}; {what}")
     if not len(table): raise ValueError(f"{where} holds no row")
     for c in filled:
         empty = [i + 1 for i, x in enumerate(table[c]) if pd.isna(x) or not str(x).strip()]

@@ -637,6 +637,8 @@ def _finish(learn, test, preprocessing, part, facts, say):
     return accuracy
 
 # %% ../nbs/09_runs.ipynb #run00012
+_FEW = 500     # training images a class
+
 def _describe(say, s, r, dls, learn, device):
     "Say what is about to be trained"
     c, sizes = learn.model.config, [len(dl.dataset) for dl in dls]
@@ -655,6 +657,9 @@ def _describe(say, s, r, dls, learn, device):
     say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}{less}, "
         f"seed {s['seed']}")
     say(f"device  {device}{threads}{processes}")
+    if r.data == 'folder' and not r.pretrained and (each := sizes[0]//c.n_classes) < _FEW:
+        say(f"hint    {each:,} training images a class are few to begin from scratch with: --pretrained SOURCE begins "
+            "with published weights (vit_train --help has an example)")
     known = RECIPES[s['recipe']]
     if known.measured and r == replace(known, measured=''): say(f"expect  {known.measured}")
 
