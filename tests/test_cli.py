@@ -80,7 +80,7 @@ def test_recipes_say_what_was_measured():
         accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', seconds.mean()/60
         assert RECIPES[recipe].measured == f'{accuracy} (3 seeds{note}), {minutes:.0f} min on {cores}'
 
-def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch, no_pictures):
+def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch, no_pictures, few_digits):
     "... and one with a change does not; here a recipe that is quick"
     monkeypatch.setitem(RECIPES, 'digits', replace(RECIPES['digits'], epochs=1))
     train(device='cpu', out=tmp_path/'as it stands')
@@ -154,11 +154,11 @@ def test_a_folder_is_prepared_as_its_run_says(tmp_path, monkeypatch):
     prepared = {bytes(prep(f).numpy()) for f in tmp_path.rglob('*.png')}
     assert {bytes(x.numpy()) for dl in dls for x in dl.dataset.x} == prepared
 
-def test_same_seed_same_run(tmp_path, no_pictures):
+def test_same_seed_same_run(tmp_path, no_pictures, few_digits):
     for name in 'ab': vit_train.__wrapped__(epochs=2, seed=3, device='cpu', out=tmp_path/name)
     assert (tmp_path/'a'/'model.safetensors').read_bytes() == (tmp_path/'b'/'model.safetensors').read_bytes()
 
-def test_force_replaces_a_run_and_nothing_else(tmp_path, capsys, no_pictures):
+def test_force_replaces_a_run_and_nothing_else(tmp_path, capsys, no_pictures, few_digits):
     vit_train.__wrapped__(epochs=1, device='cpu', out=tmp_path/'run')
     first = (tmp_path/'run'/'config.json').read_text()
     with pytest.raises(SystemExit, match='--force to replace'):
@@ -603,7 +603,7 @@ def test_predict_and_explain_see_identical_inputs(tmp_path, monkeypatch):
 
 # --- results first, pictures after ---
 
-def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
+def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch, capsys, few_digits):
     "The run is whole, the picture is named, and the page shows the others"
     import vit_nbdev.report as report
     def broken(*args): raise RuntimeError('no font for this')
@@ -614,7 +614,7 @@ def test_a_picture_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path/'run'/'report.html').read_text().count('data:image/png') == 4
     assert predict(tmp_path/'run', tmp_path/'run'/'samples')[0]['class']
 
-def test_a_run_that_died_while_it_was_drawn_is_finished_without_training(tmp_path, monkeypatch):
+def test_a_run_that_died_while_it_was_drawn_is_finished_without_training(tmp_path, monkeypatch, few_digits):
     import vit_nbdev.runs as runs
     def killed(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as m:

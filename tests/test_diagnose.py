@@ -2,6 +2,7 @@
 import random
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -183,12 +184,16 @@ def test_skip_and_report(capsys):
 
 # ---- whatever surrounds the call, and models of unusual make ----
 
+@cache
+def without_switches():
+    "A report that no switch surrounds"
+    torch.manual_seed(0)
+    return diagnose(bugs.ViT(attn=bugs.TorchAttention), **bugs.images(), show=False)
+
 @pytest.mark.parametrize('switch', [torch.no_grad, torch.inference_mode, lambda: torch.autocast('cpu', torch.bfloat16)],
                          ids=['no_grad', 'inference_mode', 'autocast'])
 def test_switches_of_the_caller_change_nothing(switch):
-    given = bugs.images()
-    torch.manual_seed(0)
-    plain = diagnose(bugs.ViT(attn=bugs.TorchAttention), **given, show=False)
+    given, plain = bugs.images(), without_switches()
     torch.manual_seed(0)
     model = bugs.ViT(attn=bugs.TorchAttention)
     with switch():

@@ -75,7 +75,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(nn.Module, 'compile', partialmethod(nn.Module.compile, backend='eager'))
     monkeypatch.setenv('TORCHDYNAMO_DISABLE', '0')
 
-def test_a_compiled_run_is_a_run_like_any_other(compiled, tmp_path):
+def test_a_compiled_run_is_a_run_like_any_other(compiled, tmp_path, few_digits):
     "It ends, with all its pictures, and its folder gives what the same run gives without"
     runs = [train(epochs=1, compile=c, out=tmp_path/str(c), device='cpu') for c in (False, True)]
     plain, fast = ({p.name for p in run.iterdir()} for run in runs)

@@ -118,7 +118,7 @@ def test_the_trial_leaves_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
-def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch, no_pictures):
+def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch, no_pictures, few_digits):
     "It computes in bfloat16 when it trains, and says so in its settings"
     seen, forward = set(), torch.nn.Linear.forward
     def watch(self, x):
