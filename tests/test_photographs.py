@@ -1,5 +1,5 @@
 """Pictures that are read while the model trains: the same images as in memory, each once, what may go wrong."""
-import json, random, warnings
+import json, multiprocessing, random, time, warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from vit_nbdev import data, photographs, runs
 from vit_nbdev.cli import vit_train
 from vit_nbdev.data import describe, fact_lines, folder_dls, table_dls
-from vit_nbdev.learner import vit_learner
+from vit_nbdev.learner import ViTLearner, load_checkpoint, vit_learner
 from vit_nbdev.photographs import (BadPicture, PictureCache, PictureFiles, PictureRows, RandomCrop, cropped,
                                    dataset_dls)
 from vit_nbdev.preprocessing import Preprocessing
@@ -209,6 +209,17 @@ def test_the_seed_decides(folder):
         return torch.cat([xb for xb, _ in folder_dls(folder, bs=4, augment=[], device='cpu', preprocessing=PREP,
                                                      stream=True, workers=0).train])
     assert torch.equal(epoch(1), epoch(1)) and not torch.equal(epoch(1), epoch(2))
+
+def test_a_worker_that_dies_while_the_step_is_computed(folder, tmp_path, monkeypatch):
+    "torch breaks into the step; the run stays as it was, and says how to go on"
+    step = ViTLearner._do_one_batch
+    def killing(self):
+        if self.epoch == 1: multiprocessing.active_children()[0].kill(), time.sleep(60)
+        step(self)
+    monkeypatch.setattr(ViTLearner, '_do_one_batch', killing)
+    with pytest.raises(OSError, match='reads pictures has died.*fewer workers.*; go on with: vit_train --resume'):
+        train(folder, model='digits', img_size=16, bs=4, epochs=2, workers=1, device='cpu', out=tmp_path/'run')
+    assert load_checkpoint(tmp_path/'run.part'/'checkpoint.pt')['epoch'] == 1
 
 # --- a table of names and labels ---
 

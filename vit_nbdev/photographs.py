@@ -9,6 +9,7 @@ __all__ = ['RandomCrop', 'cropped', 'BadPicture', 'PictureFiles', 'StreamedImage
 # %% ../nbs/03a_photographs.ipynb #01b612b2
 import io, json, os, warnings
 from collections import defaultdict
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -279,6 +280,15 @@ def _claim(folder, settings):
         raise ValueError(f"the cache {folder} is of other settings ({differ[0]}): give another folder, or delete it")
 
 # %% ../nbs/03a_photographs.ipynb #1603d4cd
+@contextmanager
+def _readers():
+    "torch breaks into whatever is running with the news that a worker process has died: say so in a sentence"
+    try: yield
+    except RuntimeError as e:
+        if 'DataLoader worker' not in str(e): raise
+        raise OSError("a process that reads pictures has died, perhaps for want of memory: "
+                      "try fewer workers (--workers) or smaller batches (--bs)") from e
+
 class StreamDL(TensorDL):
     "A `TensorDL` of `StreamedImages`: other crops in each epoch, the same ones whatever the number of workers"
     def randomize(self):
@@ -286,11 +296,7 @@ class StreamDL(TensorDL):
         self.dataset.seed = self.rng.getrandbits(62)
 
     def __iter__(self):
-        try: yield from super().__iter__()
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise OSError("a process that reads pictures has died, perhaps for want of memory: "
-                          "try fewer workers (--workers) or smaller batches (--bs)") from e
+        with _readers(): yield from super().__iter__()
 
 class Normalise(Normalize):
     "fastai's `Normalize`, in place"

@@ -46,6 +46,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, five_crop, r
 from . import __version__
 from .interpret import METHODS, explore, fill_page, show_attention
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
+from .photographs import _readers
 from .preprocessing import Preprocessing
 from .pretrained import load_pretrained
 from .report import (all_right, balanced_accuracy, class_results, decided, draw_pictures, mean_f1, percent,
@@ -806,7 +807,7 @@ def train(
     device = _join_processes(device)
     def say(text):
         if not rank_distrib(): print(text, flush=True)
-    with _run_folder(out, force, resume=resume is not None) as part:
+    with _run_folder(out, force, resume=resume is not None) as part, _readers():
         r, dls, test, learn = _prepare(s, device, part)
         _describe(say, s, r, dls, learn, device)
         seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
