@@ -2,6 +2,7 @@
 import csv, importlib.machinery, json, re, shutil, sys, threading, types, urllib.error, urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from unittest import mock
 
@@ -17,7 +18,8 @@ from vit_nbdev.cli import vit_explain, vit_predict, vit_serve
 from vit_nbdev.data import digits_dls
 from vit_nbdev.learner import Checkpoint, KeepBest, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.runs import explain, load_model, predict, predictions, save_model, train, views
+from vit_nbdev.runs import (class_probabilities, explain, load_model, predict, predictions, save_model, train,
+                            views)
 from vit_nbdev.serve import server
 from vit_nbdev.vit import vit
 
@@ -269,6 +271,19 @@ def test_views_are_averaged_and_said_beside_the_plain_figure(tmp_path, pictures,
     with torch.no_grad(): features = model.pool(model.forward_features(x))
     assert np.allclose(np.load(tmp_path/'f.npz')['features'], features, atol=1e-5)        # of the image as it is
 
+@pytest.mark.parametrize('several', [False, True])
+def test_the_probabilities_of_a_loader_are_means_of_the_views(run, several):
+    torch.manual_seed(0)
+    model, x = load_model(run)[0], torch.randn(6, 3, 28, 28)
+    y = torch.eye(2)[[0, 1, 1, 0, 0, 1]] if several else torch.tensor([0, 1, 1, 0, 0, 1])
+    with torch.no_grad(): said = torch.stack([model(v) for v in views(x, mirror=True)])
+    expected = (said.sigmoid() if several else said.softmax(-1)).mean(0)
+    look = partial(views, mirror=True)
+    probs, targets = class_probabilities(model, [(x[:4], y[:4]), (x[4:], y[4:])], look)
+    assert torch.allclose(probs, expected, atol=1e-6) and torch.equal(targets, y)
+    plain, _ = class_probabilities(model, [(x, y)])
+    assert (plain - expected).abs().max() > 1e-4
+
 def test_without_tta_nothing_is_said_of_it(tmp_path, capsys):
     config = load_model(train(epochs=1, device='cpu', out=tmp_path/'run'))[1]
     assert 'tta_accuracy' not in config and 'views of each' not in capsys.readouterr().out
@@ -280,12 +295,16 @@ def test_tensorboard_has_the_metrics(tmp_path):
     "The same numbers as metrics.csv, also of a run that was interrupted, at the steps of training"
     pytest.importorskip('tensorboard', reason='tensorboard is not installed')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    seen = []
     def stop(self):
-        if self.epoch == 1: raise KeyboardInterrupt
+        if self.epoch == 0: return
+        seen.extend(EventAccumulator(str(tmp_path/'run.part'/'tensorboard')).Reload().Tags()['scalars'])
+        raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as m:
         m.setattr(runs.EpochLines, 'before_epoch', stop, raising=False)
         with pytest.raises(KeyboardInterrupt):
             train(epochs=2, bs=128, log='tensorboard', device='cpu', out=tmp_path/'run')
+    assert 'accuracy' in seen        # on disk after each epoch, for whoever watches
     train(resume=tmp_path/'run', device='cpu')
     events = EventAccumulator(str(tmp_path/'run'/'tensorboard')).Reload()
     rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
