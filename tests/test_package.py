@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 TRAIN = '''
 import sys, fastcore, fastai
 from vit_nbdev.runs import train, predict
-run = train(epochs=2, device="cpu", out=sys.argv[1])
+run = train(epochs=1, device="cpu", out=sys.argv[1])
 files = sorted((run/"samples").glob("*.png"))
 assert len(predict(run, files)) == len(files) == 8
 import vit_nbdev
@@ -39,6 +39,13 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp('wheel')
     run('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', out, source_of(tmp_path_factory))
     return next(out.glob('*.whl'))
+
+@pytest.fixture(scope='module')
+def site(wheel, tmp_path_factory):
+    "A folder in which the wheel is installed"
+    site = tmp_path_factory.mktemp('installed')
+    run('-m', 'pip', 'install', '-q', '--no-deps', '--target', site, wheel)
+    return site
 
 def source_of(tmp_path_factory):
     "A copy of what belongs to the project, so that nothing left lying about gets in"
@@ -83,20 +90,18 @@ def test_sdist_is_complete(tmp_path_factory):
         names = {name.split('/', 1)[-1] for name in tar.getnames()}
     assert files_of_the_package() | {'settings.ini', 'setup.py'} <= names
 
-def test_page_from_the_wheel(wheel, tmp_path):
+def test_page_from_the_wheel(wheel, site, tmp_path):
     "The installed package finds its pages; from inside the zipped wheel, too"
-    run('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
-    for place in (tmp_path/'site', wheel):
+    for place in (site, wheel):
         out = run('-c', PAGE, cwd=tmp_path, PYTHONPATH=str(place))
         assert f'from {place}' in out
         (tmp_path/'page.html').unlink()
 
-def test_wheel_works_without_nbdev(wheel, tmp_path):
+def test_wheel_works_without_nbdev(site, tmp_path):
     "The library from the wheel, not from this folder, with an nbdev that can't be imported"
-    run('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path/'site', wheel)
-    (tmp_path/'site'/'nbdev.py').write_text('raise ImportError("nbdev must not be needed")')
-    out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
-    assert str(tmp_path/'site') in out
+    (tmp_path/'nbdev.py').write_text('raise ImportError("nbdev must not be needed")')
+    out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=f'{tmp_path}{os.pathsep}{site}')
+    assert str(site) in out
 
 def test_newest_fastai_and_fastcore(wheel, tmp_path):
     "The development set has fastcore 1, which nbdev 2 needs; the library must run with the newest as well"
