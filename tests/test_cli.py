@@ -382,7 +382,7 @@ def test_interrupt_before_anything_was_learned(tmp_path):
 
 # --- runs that survive ---
 
-FAST = dict(data='digits', recipe='digits', epochs=12, bs=128, seed=5, device='cpu')
+FAST = dict(data='digits', recipe='digits', epochs=8, bs=128, seed=5, device='cpu')
 
 def flags(**kwargs): return [str(x) for k, v in kwargs.items() for x in (f'--{k}', v)]
 
@@ -568,7 +568,7 @@ def test_two_processes_train_as_one(tmp_path):
 def test_vit_train_in_two_processes(tmp_path):
     "One run folder, written by the first process; a batch that can't be dealt is refused"
     code, out, err = installed('torchrun', '--standalone', '--nproc_per_node=2', '--no_python', *command('vit_train'),
-                               *flags(epochs=2, bs=64, device='cpu', out='run'), cwd=tmp_path)
+                               *flags(epochs=1, bs=64, device='cpu', out='run'), cwd=tmp_path)
     assert code == 0, err
     assert out.count('test accuracy') == 1 and 'processes: 2' in out
     assert {p.name for p in (tmp_path/'run').iterdir()} == RUN_FILES and [p.name for p in tmp_path.iterdir()] == ['run']
