@@ -539,7 +539,8 @@ def test_a_page_of_a_photograph_is_small():
 def test_pages_are_filled_safely():
     "Text is text; a missing part is an error; and nothing in a file of the package ends the element it goes into"
     parts = dict(title='a < b & "c"', headline='1', summary='2', settings={'<i>': '</table>'},
-                 pictures=[dict(title='"><script>', note='<b>', src='data:,')], classes=[('<b>', '<i>')])
+                 pictures=[dict(title='"><script>', note='<b>', src='data:,')], classes=[('<b>', '<i>')],
+                 about_classes='<b>')
     page = fill_page('report.html', **parts)
     for evil in ('<script', '<i>', '<b>', '&lt;/table></td>'): assert evil not in page
     assert html.unescape(page).count('a < b & "c"') == 2 and '<td>&lt;/table&gt;</td>' in page
