@@ -357,7 +357,7 @@ def test_memory_is_little_more_than_the_pixels(tmp_path):
         pixels = sum(dl.dataset.x.numel() for dl in dls)
         return (status('VmHWM') - before)/pixels
     peak(64)                                                 # what is loaded once
-    assert peak(640) < 1.2                                   # 246 MB
+    assert peak(640) < 1.5                                   # 246 MB; a second copy would make it 2
 
 @pytest.mark.parametrize('names', [('Cat', 'cat'), ('a\u0301', '\u00e1'), ('dog', 'dog ')])
 def test_names_that_are_nearly_one_are_said(names, tmp_path):
