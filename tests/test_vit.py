@@ -427,8 +427,9 @@ def test_exports(option):
         x = images(model.config, b, seed=b)
         close(program.module()(x), model(x), 1e-5)
 
-# two models with all the parts that a compiler or an exporter sees
-PARTS = pytest.mark.parametrize('parts', [('map', 'sincos2d'), ('norms', 'conv stem')], ids=' and '.join)
+# the plain model, and two with all the parts that a compiler or an exporter sees
+PARTS = pytest.mark.parametrize('parts', [('plain', 'plain'), ('map', 'sincos2d'), ('norms', 'conv stem')],
+                                ids=' and '.join)
 
 def build_of(parts): return fill(ViT(ViTConfig(**SMALL | OPTIONS[parts[0]] | OPTIONS[parts[1]])))
 
