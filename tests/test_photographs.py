@@ -351,7 +351,9 @@ def test_vit_train_on_several_labels(folder, tmp_path, monkeypatch, capsys):
     assert f"mean F1 of the labels {percent(config['mean_f1'])}" in out
     assert {p.stem for p in run.glob('*.png')} == {'curves', 'predictions', 'mistakes', 'augmented'}
     assert 'with all their labels and no other' in (run/'report.html').read_text()
-    assert 'accuracy_multi' in (run/'metrics.csv').read_text()
+    lines = pd.read_csv(run/'metrics.csv')
+    best = lines.sort_values(['f1_score', 'valid_loss'], ascending=[False, True]).epoch.iloc[0] + 1
+    assert list(lines)[3:] == ['f1_score', 'accuracy_multi'] and config.get('best_epoch', len(lines)) == best
 
 def test_delim_is_for_tables_whose_images_have_several_labels(folder, table):
     with pytest.raises(SystemExit, match='--delim is for a CSV file'): vit_train.__wrapped__(str(folder), delim=';')
@@ -365,7 +367,8 @@ def test_delim_is_for_tables_whose_images_have_several_labels(folder, table):
 def test_several_labels_an_image(folder, tmp_path):
     "In Python: the loaders, a fit, a run folder that predicts a probability for each label"
     rows = [f'{c}/{i}.jpg,{c}; {"even" if i % 2 == 0 else ""}' for c in 'ab' for i in range(6, 12)]
-    dls = table_dls(broken(folder/'labels.csv', ['name,label', *rows]), delim=';', img_size=8, bs=4, device='cpu')
+    dls = table_dls(broken(folder/'labels.csv', ['name,label', *rows]), delim=';', img_size=8, bs=4, augment=False,
+                    device='cpu')
     assert list(dls.vocab) == ['a', 'b', 'even'] and dls.preprocessing.several
     assert sorted(map(tuple, torch.cat([dl.dataset.y for dl in dls]).tolist())) == sorted(
         (float(c == 'a'), float(c == 'b'), float(i % 2 == 0)) for c in 'ab' for i in range(6, 12))
@@ -375,6 +378,11 @@ def test_several_labels_an_image(folder, tmp_path):
     learn.model.eval()
     with torch.no_grad(): p = learn.model(dls.preprocessing.normalise(dls.preprocessing(folder/'a'/'6.jpg'))[None])
     assert found['probabilities'] == pytest.approx(p.sigmoid()[0].tolist(), abs=1e-6)
+    dl = dls.train.new(shuffle=False, drop_last=False)
+    with learn.no_bar(), learn.no_logging(): said, y = learn.get_preds(dl=dl)
+    measured = dict(zip(learn.metrics.attrgot('name'), learn.validate(dl=dl)[1:]))
+    assert measured['f1_score'] == f1_score(y, said > 0.5, average='macro', zero_division=0) > 0
+    assert measured['accuracy_multi'] == pytest.approx(((said > 0.5) == y).float().mean().item())
 
 # --- decoded pictures on disk ---
 
@@ -506,11 +514,34 @@ def test_rows_with_splits_and_names(rows):
     dls.train_ds.y[0] = 1 - dls.train_ds.y[0]
     assert dls.train_ds.digest() != before
 
+def test_a_stream_of_rows_is_read_once(rows, monkeypatch, tmp_path):
+    "It gives the batches of the table that it came from, its pictures as they were stored"
+    import datasets
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path/'cache'))
+    how = dict(bs=4, augment=False, device='cpu', preprocessing=PREP)
+    expected, passes = dataset_dls(rows, **how), []
+    def seen():
+        passes.append(1)
+        yield from rows
+    stream = datasets.IterableDataset.from_generator(seen, features=rows.features)
+    nameless = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    for given, more in ((stream, dict(stream=True, workers=2)), (rows.to_iterable_dataset(), {}), (nameless, {})):
+        dls = dataset_dls(given, **how, **more)
+        assert list(dls.vocab) == (['0', '1'] if given is nameless else ['a', 'b'])
+        for dl, other in zip(dls, expected, strict=True):
+            assert torch.equal(dl.dataset.x[:], other.dataset.x) and torch.equal(dl.dataset.y, other.dataset.y)
+    assert len(passes) == 1 and sum(1 for _ in (tmp_path/'cache').glob('streamed-*')) == 3
+    stored = rows.cast_column('image', datasets.Image(decode=False))
+    again = stored.to_iterable_dataset().cast(rows.features)
+    kept = dataset_dls(again, stream=True, workers=0, **how).train_ds.x.dataset
+    assert kept.cast_column('image', datasets.Image(decode=False))[:]['image'] == stored[:]['image']
+    with pytest.raises(ValueError, match='train has no column label: its columns are image, kind'):
+        dataset_dls(rows.rename_column('label', 'kind').to_iterable_dataset(), **how)
+
 def test_rows_that_cant_be_used(rows, folder):
     how = dict(bs=4, device='cpu', preprocessing=PREP, stream=True, workers=0)
     words = rows.remove_columns('label').add_column('label', ['a']*12 + ['b']*12)
     for bad, said in ((dict(train=words.select(range(12)), test=words), 'has labels that train lacks: b'),
-                      (rows.to_iterable_dataset(), 'a streaming data set has no rows to choose from: load it without'),
                       (rows.rename_column('label', 'kind'), 'train has no column label: its columns are image, kind'),
                       (rows.map(lambda row: dict(label=-1)), 'train has 24 rows without a label: leave them out'),
                       (dict(train=rows, more=rows), 'has splits more, expected train'),

@@ -26,12 +26,13 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import CancelEpochException, CancelFitException, Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
-from fastai.metrics import accuracy, accuracy_multi
+from fastai.metrics import ActivationType, accuracy, accuracy_multi, skm_to_fastai
 from fastai.optimizer import Optimizer
 from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.torch_core import get_model, to_detach
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
+from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as torch_adamw
@@ -195,7 +196,10 @@ def _loss(dls, label_smoothing):
     if named is None or isinstance(named, CrossEntropyLossFlat):
         return CrossEntropyLossFlat(label_smoothing=label_smoothing), [accuracy]
     if label_smoothing: raise ValueError(f"label_smoothing needs one class an image, but the loaders ask for {named}")
-    return named, [accuracy_multi] if isinstance(named, BCEWithLogitsLossFlat) else []
+    if not isinstance(named, BCEWithLogitsLossFlat): return named, []
+    f1 = skm_to_fastai(f1_score, thresh=0.5, activation=ActivationType.Sigmoid, average='macro', flatten=False,
+                       zero_division=0)
+    return named, [f1, accuracy_multi]        # rare labels make the second high for those who never say them
 
 # %% ../nbs/04_learner.ipynb #lrn00002
 def normalise_as(
@@ -232,7 +236,7 @@ def vit_learner(
     layer_decay: float|None = None,  # a block's learning rate as a fraction of that of the block above (Clark 2020)
     label_smoothing: float = 0.,   # fraction of a label's weight that is spread over all classes (Szegedy 2015)
     pretrained: str|Path|dict|None = None,  # published weights, a source of `load_pretrained`, in place of `model`
-    metrics=None,                  # shown after each epoch; default: accuracy, if each image has one class
+    metrics=None,                  # shown after each epoch; default: accuracy, with several labels their F1, too
     **kwargs,                      # the other arguments of `Learner`: `loss_func`, `opt_func`, `cbs`, `path`, ...
 ) -> ViTLearner:                   # a fastai `Learner`, on the device of `dls`
     "A fastai `Learner` that trains a Vision Transformer with AdamW, and cross-entropy or the loaders' own loss"

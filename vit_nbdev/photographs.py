@@ -7,7 +7,7 @@ __all__ = ['RandomCrop', 'cropped', 'BadPicture', 'PictureFiles', 'StreamedImage
            'stream_dls', 'PictureRows', 'dataset_dls']
 
 # %% ../nbs/03a_photographs.ipynb #01b612b2
-import io, json, os, warnings
+import atexit, io, json, os, shutil, tempfile, warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy
@@ -384,7 +384,7 @@ class PictureRows(PictureFiles):
 # %% ../nbs/03a_photographs.ipynb #418fa1cb
 # longer than 40 lines: half of them are the arguments, each with its comment
 def dataset_dls(
-    dataset,                              # a `datasets.Dataset`, or a dict of them: train, validation, test
+    dataset,                              # of `datasets`, or a dict of such: train, validation, test
     image: str = 'image',                 # the column of pictures
     label: str = 'label',                 # the column of classes
     img_size: int|tuple[int, int] = 64,   # this and all that follows: as in `folder_dls`
@@ -398,13 +398,14 @@ def dataset_dls(
     stream: bool|None = None,
     **streaming,                          # `crop` and `workers`, as in `stream_dls`
 ) -> DataLoaders:
-    "Pictures of a Hugging Face data set, in memory or streamed"
+    "Pictures of a Hugging Face data set, in memory or streamed; one with `streaming=True` is first copied to disk"
     if 'cache' in streaming: raise ValueError("a cache is for files: leave it out")
     given = dataset if isinstance(dataset, dict) else dict(train=dataset)
     given = {SPLITS.get(name.lower(), name): part for name, part in given.items()}
     if unknown := given.keys() - {'train', 'valid', 'test'}:
         raise ValueError(f"the data set has splits {some(unknown)}, expected train, validation and test")
     if 'train' not in given: raise ValueError("the data set has no split to train with: call it train")
+    given = {split: part if hasattr(part, '__len__') else _kept(part, image) for split, part in given.items()}
     found = {split: (list(range(len(labels))), labels) for split, part in given.items()
              for labels in [_labels(split, part, image, label)]}
     vocab = getattr(given['train'].features[label], 'names', None) or sorted(set(found['train'][1]))
@@ -421,11 +422,19 @@ def dataset_dls(
     if stats: prep = replace(prep, **dict(zip(('mean', 'std'), channel_stats(data['train'][0]))))
     return tensor_dls(*data.values(), vocab, preprocessing=prep, **kwargs)
 
+def _kept(part, image):
+    "A streaming data set on disk, where rows can be chosen and shuffled: read once, its pictures as they are stored"
+    import datasets
+    Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix='streamed-', dir=datasets.config.HF_DATASETS_CACHE)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    pictures = (part.features or {}).get(image)
+    if isinstance(pictures, datasets.Image): part = part.cast_column(image, datasets.Image(decode=False))
+    kept = datasets.Dataset.from_generator(lambda: part, part.features, cache_dir=folder)
+    return kept.cast_column(image, pictures) if pictures else kept
+
 def _labels(split, part, image, label):
     "The classes of one split, by name"
-    if not hasattr(part, '__len__'):
-        raise ValueError("a streaming data set has no rows to choose from: load it without streaming=True, "
-                         "or keep a part of it with Dataset.from_list(list(dataset.take(1000)), dataset.features)")
     if unknown := [c for c in (image, label) if c not in part.column_names]:
         raise ValueError(f"{split} has no column {some(unknown)}: its columns are {some(part.column_names, 20)}")
     names, labels = getattr(part.features[label], 'names', None), part[label][:]

@@ -134,19 +134,21 @@ def _names(target, labels):
 def plot_curves(
     train_losses: list[float],  # after each epoch
     valid_losses: list[float],  # likewise
-    accuracies: list[float],    # on the validation split, from 0 to 1
+    scores: list[float],        # on the validation split, from 0 to 1
+    *others: list[float],       # more metrics, which are not drawn
+    score: str = 'accuracy',    # what the scores are
 ) -> Figure:
     "Loss of both splits and accuracy on the validation split, after each epoch"
     fig = figure(figsize=(8, 3.2))
     epochs = range(1, len(train_losses) + 1)
-    loss, acc = fig.subplots(1, 2)
+    loss, right = fig.subplots(1, 2)
     loss.plot(epochs, train_losses, label='training', marker='.')
     loss.plot(epochs, valid_losses, label='validation', marker='.', linestyle='--')
     loss.set(xlabel='epoch', ylabel='loss (cross-entropy)', yscale='log')
     loss.legend()
-    acc.plot(epochs, [100*a for a in accuracies], marker='.', color='C2')
-    acc.set(xlabel='epoch', ylabel='validation accuracy (%)')
-    for ax in (loss, acc): ax.grid(alpha=0.3)
+    right.plot(epochs, [100*x for x in scores], marker='.', color='C2')
+    right.set(xlabel='epoch', ylabel=f'validation {score} (%)')
+    for ax in (loss, right): ax.grid(alpha=0.3)
     return fig
 
 # %% ../nbs/08_report.ipynb #rep00010
@@ -267,7 +269,7 @@ def plot_augmented(
 
 # %% ../nbs/08_report.ipynb #rep00021
 PICTURES = {   # file without its ending -> title and what to see
-    'curves': ('Training', 'Loss of both splits and accuracy on the validation split, after each epoch.'),
+    'curves': ('Training', 'Loss of both splits and the score on the validation split, after each epoch.'),
     'confusion': ('What is taken for what', 'Rows are true classes, columns predicted ones; the diagonal is right.'),
     'predictions': ('Test images', 'Mistakes first, in red, with the true class.'),
     'mistakes': ('The worst mistakes', 'The mistakes it was surest of. Below, bright: the patches that spoke for '
@@ -283,7 +285,7 @@ _FOR_LABELS = {   # likewise, where an image may have several
 def draw_pictures(
     folder: Path,         # where they go
     model: ViT,           # in evaluation mode
-    values: list,         # training loss, validation loss and accuracy of each epoch
+    values: list,         # training loss, validation loss and metrics of each epoch
     images: Tensor,       # of the test split `(n c h w)`, uint8
     targets: Tensor,      # true classes `(n)`
     probs: Tensor,        # predicted probabilities `(n classes)`
@@ -293,7 +295,7 @@ def draw_pictures(
     "Write all of `PICTURES`, and a few test images as files under `samples/`"
     labels = preprocessing.labels
     drawings = dict(
-        curves=lambda: plot_curves(*zip(*values)),
+        curves=lambda: plot_curves(*zip(*values), score='accuracy' if targets.dim() == 1 else 'F1 of the labels'),
         confusion=lambda: plot_confusion(targets, probs.argmax(1), labels) if targets.dim() == 1 else None,
         predictions=lambda: plot_predictions(images, targets, probs, labels),
         mistakes=lambda: plot_mistakes(model, images, targets, probs, preprocessing),
