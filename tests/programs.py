@@ -26,11 +26,12 @@ class Program:
         name,       # of a command that pip installed, or of a script in `cwd`
         *args,      # what stands behind the name
         cwd,        # the folder it runs in
+        stdout=None,  # where its output goes, if not to `communicate`
         **env,      # additions to the environment
     ):
         path = Path(cwd)/name if name.endswith('.py') else Path(sys.executable).parent/name
         self.folder = tempfile.TemporaryDirectory()
-        self.files = [Path(self.folder.name)/stream for stream in ('out', 'err')]
+        self.files = [Path(stdout or f'{self.folder.name}/out'), Path(self.folder.name)/'err']
         target = (str(path), list(map(str, args)), str(cwd), os.environ | env, self.files)
         self.process = FORKS.Process(target=_run, args=target)
         self.process.start()
@@ -44,7 +45,7 @@ class Program:
     def communicate(self, timeout=None):
         self.process.join(timeout)
         if self.returncode is None: raise subprocess.TimeoutExpired(self.process.name, timeout)
-        return [f.read_text() if f.exists() else '' for f in self.files]
+        return [f.read_text() if f.is_file() else '' for f in self.files]
 
 def shell(name, *args, cwd, **env):
     "The exit code of a program, and what it wrote to its two streams"

@@ -33,7 +33,7 @@ def installed(name, *args, cwd):
 def trained(tmp_path_factory):
     "A folder in which `vit_train` ran as a program, and what it printed"
     cwd = tmp_path_factory.mktemp('work')
-    code, out, err = installed('vit_train', '--epochs', 8, '--device', 'cpu', cwd=cwd)
+    code, out, err = shell('vit_train', '--epochs', 8, '--device', 'cpu', cwd=cwd)
     assert code == 0, err
     return cwd, out
 

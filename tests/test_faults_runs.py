@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from programs import shell
 from vit_nbdev import runs
 from vit_nbdev.cli import plain_errors, vit_explain, vit_predict, vit_train
 from vit_nbdev.data import digits_dls
@@ -152,16 +153,21 @@ def full(path_of):
         return fsync(handle)
     return fail
 
+def curves_only(folder, model, values, *_, **__):
+    "In place of `draw_pictures`, of which these tests need one"
+    plot_curves(*zip(*values)).savefig(folder/'curves.png', dpi=110)
+    return {}
+
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory): return train(epochs=2, device='cpu', out=tmp_path_factory.mktemp('whole')/'run')
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs, 'draw_pictures', curves_only)
+        return train(epochs=2, device='cpu', out=tmp_path_factory.mktemp('whole')/'run')
 
 @pytest.mark.skipif(not Path('/proc/self/fd').is_dir(), reason='no /proc here')
 @pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'metrics.csv', 'checkpoint.pt'])
 def test_a_full_disk_costs_no_training(name, whole, tmp_path, monkeypatch):
     "The file is named, and so is --resume, which ends the run with the same bytes"
-    def curves_only(folder, model, values, *_, **__):
-        plot_curves(*zip(*values)).savefig(folder/'curves.png', dpi=110)
-        return {}
     monkeypatch.setattr(runs, 'draw_pictures', curves_only)
     epoch = dict(n=0)
     def hit(path):
@@ -200,16 +206,10 @@ def test_half_a_page_never_replaces_a_whole_one(run, tmp_path, monkeypatch):
         with pytest.raises(Killed): explain(run, run.parent/'a.png', page, force=True, device='cpu')
     assert contents(tmp_path) == before
 
-def program(name, *args, **kwargs):
-    "A command as pip installed it"
-    command = [str(Path(sys.executable).parent/name), *map(str, args)]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **kwargs)
-
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full here')
 def test_output_that_cant_be_written(run):
-    with open('/dev/full', 'w') as f: done = program('vit_predict', run, run.parent/'a.png', stdout=f)
-    assert done.returncode == 1
-    assert done.stderr == "vit_predict: can't write the output (No space left on device)\n"
+    code, _, err = shell('vit_predict', run, run.parent/'a.png', cwd=run.parent, stdout='/dev/full')
+    assert (code, err) == (1, "vit_predict: can't write the output (No space left on device)\n")
 
 def test_a_reader_that_has_seen_enough_is_no_error(capsys):
     "`vit_predict ... | head -1`"

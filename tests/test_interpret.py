@@ -1,5 +1,5 @@
 """Attention maps, what is made of them, and the page: against explicit attention in float64, on every kind of model."""
-import base64, html, json, math, re, shutil, subprocess, sys, zlib
+import base64, html, json, math, re, shutil, subprocess, zlib
 from pathlib import Path
 
 import numpy as np
@@ -895,14 +895,6 @@ def test_vit_explain_replaces_a_page_when_told(folder):
     explain('run', ['0.png'], 'page.html')
     explain('run', ['1.png'], 'page.html', force=True)
     assert data_of(Path('page.html').read_text(encoding='utf-8'))['images'][0]['title'] == '1.png'
-
-def test_interpret_imports_nothing_heavy():
-    code = """
-import sys, vit_nbdev.interpret
-loaded = {'fastai', 'matplotlib', 'sklearn', 'torchvision', 'pandas', 'IPython'} & set(sys.modules)
-assert not loaded, loaded
-"""
-    subprocess.run([sys.executable, '-c', code], check=True)
 
 @pytest.mark.parametrize('pool', ['cls', 'map'])
 def test_one_map_does_not_hold_the_weights_of_all_blocks(pool, monkeypatch):

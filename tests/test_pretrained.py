@@ -604,12 +604,6 @@ def test_loading_imports_no_library_of_models(tmp_path):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-def test_light_import():
-    heavy = "{'fastai', 'timm', 'transformers', 'torchvision', 'huggingface_hub', 'matplotlib', 'sklearn', 'scipy'}"
-    code = f'import sys, vit_nbdev.pretrained; loaded = {heavy} & set(sys.modules); assert not loaded, loaded'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
 # ---- other libraries and other wrappers
 
 def hf_small(**kwargs):
