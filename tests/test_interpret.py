@@ -285,6 +285,10 @@ def test_deletion_and_insertion_step_by_step(changes):
     torch.testing.assert_close(deletion_insertion(model, x, scores, fill=-0.4, bs=2)[0], deletion, atol=1e-5, rtol=0)
     torch.testing.assert_close(deletion_insertion(model, x, scores, target=4)[0][:, 0], model(x).softmax(1)[:, 4],
                                atol=1e-5, rtol=0)
+    coarse = deletion_insertion(model, x, scores, fill=-0.4, step=4)
+    torch.testing.assert_close(coarse, (deletion[:, ::4], insertion[:, ::4]), atol=1e-5, rtol=0)
+    labels = deletion_insertion(model, x, scores, target=4, sigmoid=True)
+    torch.testing.assert_close(labels[0][:, 0], model(x).sigmoid()[:, 4], atol=1e-5, rtol=0)
 
 def test_area():
     line = torch.linspace(1, 0, 17)[None]
@@ -450,6 +454,7 @@ BAD = [
     bad(lambda m: relevance(m, X), 'the model has no head (n_classes=0)', n_classes=0),
     bad(lambda m: deletion_insertion(m, X, torch.rand(2, 3, 3)),
         'scores have shape (2, 3, 3), expected a number per patch: (2, 4, 4)'),
+    bad(lambda m: deletion_insertion(m, X, torch.rand(2, 4, 4), step=5), 'step=5 must divide the 16 patches'),
     bad(lambda m: explore(m, X, titles=['a']), 'there are 1 titles but 2 images'),
     bad(lambda m: explore(m, X[:0]), 'images are empty'),
     bad(lambda m: explore(m, X[0]), 'got one image of shape'),

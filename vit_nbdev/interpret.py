@@ -139,7 +139,7 @@ def _targets(model, target, n):
     n_classes = model.config.n_classes
     if not n_classes: raise ValueError("the model has no head (n_classes=0), so there is no class to explain")
     if target is None: return None
-    target = torch.as_tensor(target, device=model.head.weight.device)
+    target = torch.as_tensor(target, device=next(model.parameters()).device)
     if target.is_floating_point() or target.shape not in ((), (n,)):
         raise ValueError(f"target is {target.dtype} of shape {tuple(target.shape)}, "
                          f"expected a class index, or {n} of them, one per image")
@@ -438,23 +438,28 @@ def deletion_insertion(
     scores: Tensor,                  # how relevant each patch is `(b rows cols)`, from `heat_map` or anything else
     target: int|Tensor|None = None,  # the class that is followed; default: what the model predicts for the whole image
     fill: float|Tensor = 0.,         # what a patch without content holds; broadcasts to `x`
+    step: int = 1,                   # patches at a time
+    sigmoid: bool = False,           # do the classes not exclude each other, as with several labels?
     bs: int = 256,                   # images at a time
-) -> tuple[Tensor, Tensor]:          # two times `(b n_patches+1)`
+) -> tuple[Tensor, Tensor]:          # two times `(b n_patches/step+1)`
     "Probability of a class as patches are taken away, the most relevant first, and as they come back (Petsiuk 2018)"
     x = _images(x)
     grid = _grid(x, model.config)
     if scores.shape != (len(x), *grid):
         raise ValueError(f"scores have shape {tuple(scores.shape)}, expected a number per patch: {(len(x), *grid)}")
+    if step not in range(1, scores[0].numel() + 1) or scores[0].numel() % step:
+        raise ValueError(f"step={step!r} must divide the {scores[0].numel()} patches")
     order = scores.flatten(1).argsort(dim=1, descending=True, stable=True)
     place = order.argsort(dim=1).unflatten(1, grid)                 # of each patch in the queue
     blank = torch.as_tensor(fill).to(x).expand_as(x)
     def probs(keep):
         masked = torch.where(_pixel_mask(keep, model.config.patch_size, *x.shape[2:]), x, blank)
-        return torch.cat([model(part).softmax(dim=1) for part in masked.split(bs)])
+        logits = torch.cat([model(part) for part in masked.split(bs)])
+        return logits.sigmoid() if sigmoid else logits.softmax(dim=1)
     with _evaluating(model):
         target = _targets(model, target, len(x))
         if target is None: target = probs(place >= 0).argmax(dim=1)
-        steps = range(order.shape[1] + 1)
+        steps = range(0, order.shape[1] + 1, step)
         deletion = [probs(place >= k).gather(1, target[:, None]) for k in steps]
         insertion = [probs(place < k).gather(1, target[:, None]) for k in steps]
     return torch.cat(deletion, dim=1), torch.cat(insertion, dim=1)
