@@ -28,6 +28,8 @@ def pytest_collection_finish():
     "What is imported by now stays: the garbage collector need not look through its million objects time and again"
     gc.freeze()
 
+def pytest_unconfigure(): gc.unfreeze()
+
 @pytest.fixture(scope='session')
 def slow(pytestconfig): return pytestconfig.getoption('--slow')
 
