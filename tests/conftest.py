@@ -1,5 +1,5 @@
 """`pytest --slow` runs the slow cells of the notebooks, too; `pytest -n 2 --dist worksteal` takes two cores."""
-import gc, os
+import os
 from itertools import islice
 
 import pytest
@@ -23,12 +23,6 @@ def pytest_collection_modifyitems(items):
         size, first = (len(items) - len(ordered))//(workers - i), longest[i::workers]
         ordered += first + list(islice(rest, max(size - len(first), 0)))
     items[:] = [*ordered, *rest]
-
-def pytest_collection_finish():
-    "What is imported by now stays: the garbage collector need not look through its million objects time and again"
-    gc.freeze()
-
-def pytest_unconfigure(): gc.unfreeze()
 
 @pytest.fixture(scope='session')
 def slow(pytestconfig): return pytestconfig.getoption('--slow')
