@@ -295,12 +295,15 @@ def test_tensorboard_has_the_metrics(tmp_path):
     "The same numbers as metrics.csv, also of a run that was interrupted, at the steps of training"
     pytest.importorskip('tensorboard', reason='tensorboard is not installed')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    seen = []
+    from torch.utils.tensorboard import SummaryWriter
+    seen, flushed, flush = [], [], SummaryWriter.flush
     def stop(self):
         if self.epoch == 0: return
+        assert len(flushed) == 1     # here tensorboard writes at once, with TensorFlow at hand it waits for this
         seen.extend(EventAccumulator(str(tmp_path/'run.part'/'tensorboard')).Reload().Tags()['scalars'])
         raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as m:
+        m.setattr(SummaryWriter, 'flush', lambda self: flushed.append(flush(self)))
         m.setattr(runs.EpochLines, 'before_epoch', stop, raising=False)
         with pytest.raises(KeyboardInterrupt):
             train(epochs=2, bs=128, log='tensorboard', device='cpu', out=tmp_path/'run')
