@@ -537,6 +537,13 @@ def test_a_stream_of_rows_is_read_once(rows, monkeypatch, tmp_path):
     assert kept.cast_column('image', datasets.Image(decode=False))[:]['image'] == stored[:]['image']
     with pytest.raises(ValueError, match='train has no column label: its columns are image, kind'):
         dataset_dls(rows.rename_column('label', 'kind').to_iterable_dataset(), **how)
+    def broken_off():
+        yield rows[0]
+        raise ConnectionError('no route to host')
+    before = set((tmp_path/'cache').glob('streamed-*'))
+    with pytest.raises(OSError, match=r'^the stream broke off before its end \(no route to host\): try again'):
+        dataset_dls(datasets.IterableDataset.from_generator(broken_off, features=rows.features), **how)
+    assert set((tmp_path/'cache').glob('streamed-*')) == before
 
 def test_rows_that_cant_be_used(rows, folder):
     how = dict(bs=4, device='cpu', preprocessing=PREP, stream=True, workers=0)

@@ -430,7 +430,10 @@ def _kept(part, image):
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     pictures = (part.features or {}).get(image)
     if isinstance(pictures, datasets.Image): part = part.cast_column(image, datasets.Image(decode=False))
-    kept = datasets.Dataset.from_generator(lambda: part, part.features, cache_dir=folder)
+    try: kept = datasets.Dataset.from_generator(lambda: part, part.features, cache_dir=folder)
+    except datasets.exceptions.DatasetGenerationError as e:
+        shutil.rmtree(folder)
+        raise OSError(f"the stream broke off before its end ({e.__cause__ or e}): try again, or load it whole") from e
     return kept.cast_column(image, pictures) if pictures else kept
 
 def _labels(split, part, image, label):

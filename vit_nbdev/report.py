@@ -138,7 +138,7 @@ def plot_curves(
     *others: list[float],       # more metrics, which are not drawn
     score: str = 'accuracy',    # what the scores are
 ) -> Figure:
-    "Loss of both splits and accuracy on the validation split, after each epoch"
+    "Loss of both splits and a score on the validation split, after each epoch"
     fig = figure(figsize=(8, 3.2))
     epochs = range(1, len(train_losses) + 1)
     loss, right = fig.subplots(1, 2)
