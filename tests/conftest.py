@@ -6,6 +6,7 @@ import pytest
 
 # before torch is imported: two tests at a time don't share a core, and sums have one order
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')     # no test fetches weights, also where there is a network
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true',

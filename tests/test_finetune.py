@@ -137,9 +137,13 @@ def test_a_file_that_turns_bad_in_training_is_named(pictures, capsys):
     assert config['data']['left_out'] == {"can't be read as an image": 1}
 
 BAD = {
-    'freeze': (dict(freeze=True), '--freeze trains the head alone, upon trained weights: name them with --pretrained'),
-    'probe': (dict(recipe='probe'), "the recipe 'probe' trains the head alone"),
-    'finetune': (dict(recipe='finetune'), "the recipe 'finetune' needs trained weights"),
+    'freeze': (dict(freeze=True), '--freeze needs trained weights: timm/vit_tiny.* and the hub can.t be reached'),
+    'probe': (dict(recipe='probe'), "the recipe 'probe' needs trained weights: timm/vit_tiny"),
+    'finetune': (dict(recipe='finetune'), "the recipe 'finetune' needs trained weights: timm/vit_tiny"),
+    'freeze upon none': (dict(freeze=True, pretrained='none'),
+                         '--freeze trains the head alone, upon trained weights: name them with --pretrained'),
+    'finetune none': (dict(recipe='finetune', pretrained='none'), "the recipe 'finetune' needs trained weights"),
+    'freeze a fresh one': (dict(freeze=True, model='digits'), '--freeze trains the head alone, upon trained weights'),
     'model': (dict(pretrained='trained', model='S/16'), '--pretrained brings its own model: leave out --model'),
     'digits': (dict(pretrained='trained', data=None), 'is for a folder of images, not for the digits'),
     'cifar10': (dict(pretrained='trained', data='cifar10'), 'is for a folder of images, not for cifar10'),
@@ -171,6 +175,52 @@ def test_weights_that_are_not_here_without_a_network(pictures, monkeypatch):
                 "or give a local file$")
     with pytest.raises(SystemExit, match=sentence): trained(pictures, pretrained='nobody/nothing')
     assert set(pictures.parent.rglob('*')) == before
+
+BEGIN = {    # what is asked for -> recipe, whether with published weights, and what is said
+    'nothing': (dict(), 'finetune', True, 'published weights'),
+    'the head alone': (dict(freeze=True), 'probe', True, 'published weights'),
+    'a recipe that needs weights': (dict(recipe='probe'), 'probe', True, 'published weights'),
+    'one that does not': (dict(recipe='folder'), 'folder', False, ''),
+    'a size that is large enough': (dict(img_size=64), 'finetune', True, 'published weights'),
+    'a small one': (dict(img_size=16), 'folder', False, ''),
+    'a model': (dict(model='digits', img_size=16), 'folder', False, ''),
+    'no weights': (dict(pretrained='none'), 'photos', False, 'from scratch, as asked'),
+}
+
+@pytest.mark.parametrize('table', [False, True])
+@pytest.mark.parametrize('name', BEGIN)
+def test_what_photographs_begin_with(name, table, weights, pictures, monkeypatch):
+    asked, recipe, published, sentence = BEGIN[name]
+    monkeypatch.setattr(runs, 'WEIGHTS', dict(cpu=str(weights), gpu='nowhere'))
+    monkeypatch.setattr(runs, 'PHOTOGRAPH', 40)             # they are 60 x 40
+    data = str(pictures)
+    if table:
+        rows = [f'{f.relative_to(pictures)},{f.parent.name}' for f in sorted(pictures.rglob('*.jpg'))]
+        (pictures/'table.csv').write_text('\n'.join(['name,label', *rows]))
+        data = str(pictures/'table.csv')
+    seen = {}
+    def stop(settings, device, part):
+        seen.update(settings)
+        raise InterruptedError
+    monkeypatch.setattr(runs, '_prepare', stop)
+    said = []
+    monkeypatch.setattr(runs, 'print', lambda text, flush: said.append(text), raising=False)
+    with pytest.raises(InterruptedError): runs.train(data, out=pictures.parent/'out', device='cpu', **asked)
+    assert (seen['recipe'], seen['pretrained']) == (recipe, str(weights) if published else '')
+    assert len(said) == bool(sentence) and all(f'start   {sentence}' in text for text in said)
+
+def test_photographs_without_a_network(pictures, monkeypatch, capsys):
+    "From scratch, at a size of their own, and it says why; smaller pictures are not worth a try"
+    hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
+    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(runs, 'PHOTOGRAPH', 40)
+    _, config = trained(pictures, epochs=1)
+    s, out = config['settings'], capsys.readouterr().out
+    assert (s['recipe'], s['img_size'], s['pretrained']) == ('photos', 128, '') and 'hint' not in out
+    assert f"start   from scratch: {runs.WEIGHTS['cpu']} is not here yet, and the hub can't be reached" in out
+    monkeypatch.setattr(runs, 'PHOTOGRAPH', 41)
+    _, config = trained(pictures, epochs=1, force=True)
+    assert config['settings']['recipe'] == 'folder' and 'start' not in capsys.readouterr().out
 
 def test_a_finetuned_run_is_resumed(weights, pictures, monkeypatch):
     whole, _ = trained(pictures, pretrained=str(weights), workers=0)

@@ -115,9 +115,11 @@ TRAIN_GROUPS = {
 }
 TRAIN_EXAMPLES = """examples:
   vit_train                                  the digits of scikit-learn, in minutes, without a network
-  vit_train --data pictures                  a folder with a folder of pictures for each class, from scratch
-  vit_train --data pictures --pretrained timm/vit_small_patch16_224.augreg_in21k_ft_in1k
-                                             the same pictures, with published weights to begin with
+  vit_train --data pictures                  a folder with a folder of pictures for each class; photographs begin
+                                             with published weights, where they can be fetched
+  vit_train --data pictures --pretrained timm/vit_base_patch16_224.augreg_in21k_ft_in1k
+                                             the same pictures, with other weights
+  vit_train --data pictures --pretrained none    the same from scratch
   vit_train --resume runs/pictures           go on with a run that was interrupted"""
 
 # %% ../nbs/10_cli.ipynb #3539bb42
@@ -135,8 +137,8 @@ def vit_train(
     stream:store_true=False, # read a folder's pictures as needed, in random crops (default: if memory is short)
     workers:int=None,     # processes that read them, which implies --stream (default: one a core, 8 at most)
     cache:str=None,       # a folder in which decoded pictures are kept for later epochs and runs; implies --stream
-    recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, finetune or probe
-    model:str=None,       # size of the model: digits, mnist, cifar, Ti/16, S/16, B/16, ... (default: the recipe's)
+    recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, photos, finetune or probe
+    model:str=None,       # size of the model: digits, mnist, cifar, photos, Ti/16, S/16, ... (default: the recipe's)
     epochs:int=None,      # how often each training image is seen (default: the recipe's)
     bs:int=None,          # images in a batch, over all processes (default: the recipe's)
     lr:float=None,        # highest learning rate (default: the recipe's)
@@ -151,7 +153,7 @@ def vit_train(
     mixup:float=None,     # alpha of mixup (default: the recipe's)
     cutmix:float=None,    # alpha of CutMix, in place of mixup (default: the recipe's)
     rand_augment:int=None, # magnitude of RandAugment, 1 to 30 (default: the recipe's)
-    pretrained:str=None,  # fine-tune these weights on a folder: a name on the hub, a folder, a file, a run folder
+    pretrained:str=None,  # fine-tune these weights on a folder: a name on the hub, a path, a run; none: from scratch
     freeze:store_true=False, # train only the head on top of them (default: all, with the recipe finetune)
     freeze_epochs:int=None, # train only the head in so many first epochs, then all (default: 0)
     layer_decay:float=None, # a block's learning rate as a fraction of that of the block above (default: the recipe's)

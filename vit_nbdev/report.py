@@ -239,8 +239,9 @@ def plot_mistakes(
     device = next(model.parameters()).device
     x, asked = preprocessing.normalise(images[worst].to(device)), _furthest(targets, probs)[1][worst]
     heat = heat_map(model, x, target=asked.to(device)).cpu()
-    fig = figure(figsize=(1.15*n, 2.9))
-    columns = fig.subplots(2, n, squeeze=False, subplot_kw=_NO_TICKS).T
+    wide = max(len(worst), 2)      # a title is as wide as its picture, or wider
+    fig = figure(figsize=(1.15*wide, 2.9))
+    columns = fig.subplots(2, wide, squeeze=False, subplot_kw=_NO_TICKS).T
     for ax in columns.flat: ax.axis('off')
     for (above, below), i, h, c in zip(columns, worst.tolist(), heat, asked.tolist()):
         _show(above, images[i])

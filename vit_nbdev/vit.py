@@ -425,17 +425,18 @@ SIZES = {        # dim, depth, heads, feed-forward width over dim       publishe
     'g':  dict(dim=1408, depth=40, n_heads=16, mlp_ratio=6144/1408),  # Zhai 2022
 }
 PATCHES = {'Ti': (16,), 'S': (8, 14, 16, 32), 'B': (8, 14, 16, 32), 'L': (14, 16, 32), 'H': (14,), 'g': (14,)}
-SMALL = {        # for small images
+SMALL = {        # for small images, and for few
     'digits': dict(img_size=8,  patch_size=2, in_chans=1, dim=64,  depth=4, n_heads=4, mlp_ratio=2),
     'mnist':  dict(img_size=28, patch_size=7, in_chans=1, dim=64,  depth=4, n_heads=4, mlp_ratio=4),
     'cifar':  dict(img_size=32, patch_size=4, in_chans=3, dim=192, depth=9, n_heads=3, mlp_ratio=2),
+    'photos': dict(img_size=128, patch_size=16, in_chans=3, dim=192, depth=6, n_heads=3, mlp_ratio=2, stem='conv'),
 }
 SMALL = {name: dict(n_classes=10, pool='mean', pos_std=1.) | preset for name, preset in SMALL.items()}
 CONFIGS = SMALL | {f'{size}/{p}': SIZES[size] | dict(patch_size=p) for size in SIZES for p in PATCHES[size]}
 
 # %% ../nbs/02_vit.ipynb #61ff2fdb
 def vit(
-    name: str = 'S/16',  # a key of `CONFIGS`: "Ti/16" ... "g/14", or "digits", "mnist", "cifar"
+    name: str = 'S/16',  # a key of `CONFIGS`: "Ti/16" ... "g/14", or "digits", "mnist", "cifar", "photos"
     **changes,           # fields of `ViTConfig` with other values
 ) -> ViT:                # a model with fresh weights
     "A Vision Transformer of a known size"
