@@ -82,6 +82,35 @@ def test_a_name_and_weights_are_one_too_many(trained):
     with pytest.raises(TypeError, match='pretrained is a model: pass it as `model`'):
         vit_learner(dls, pretrained=nn.Linear(2, 2))
 
+def rates(learn): return np.array([h['lr'] for h in learn.opt.hypers])
+
+def test_published_weights_are_fine_tuned(trained, capsys):
+    "... at a rate and a decay of their own; a number for a fit is the head's rate, and the blocks keep their share"
+    learn = vit_learner(folder_dls(trained, img_size=28, bs=16, device='cpu'), pretrained=trained/'run')
+    depth = learn.model.config.depth
+    share = 0.75**np.arange(depth + 1, -1, -1)
+    learn.create_opt()
+    np.testing.assert_allclose(rates(learn), 3e-4*share)
+    highest = []
+    class Note(Callback):
+        def before_batch(self):
+            if self.training: highest.append(rates(self.learn))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=Note())
+        np.testing.assert_allclose(highest, [1e-3*share]*len(highest))
+        highest.clear()
+        learn.fit_one_cycle(4, 2e-3, pct_start=0.5, cbs=Note())
+        np.testing.assert_allclose(np.max(highest, 0), 2e-3*share, rtol=0.05)
+        highest.clear()
+        learn.fit(1, slice(1e-5, 1e-3), cbs=Note())              # fastai's own, as it was asked for
+        np.testing.assert_allclose(highest[0][[0, -1]], [1e-5, 1e-3])
+    learn.freeze()
+    assert {n for n, p in learn.model.named_parameters() if p.requires_grad} == \
+        {'encoder.norm.weight', 'encoder.norm.bias', 'head.weight', 'head.bias'}
+    plain = vit_learner(folder_dls(trained, img_size=28, bs=16, device='cpu'), pretrained=trained/'run', layer_decay=0)
+    plain.create_opt()
+    assert len(rates(plain)) == 3 and set(rates(plain)) == {3e-4}
+
 def test_images_need_not_be_square(tmp_path):
     for label in 'ab':
         (tmp_path/label).mkdir()

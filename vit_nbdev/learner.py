@@ -168,14 +168,16 @@ class ViTLearner(Learner):
         if not self.opt.frozen_idx:
             warnings.warn("the model has one group of parameters, so nothing is frozen: pass a splitter")
 
-    def summary(self):
-        text, ps = super().summary(), list(self.model.parameters())
-        n, trained = (sum(p.numel() for p in some) for some in (ps, [p for p in ps if p.requires_grad]))
-        missed = n - int(re.search(r'Total params: ([\d,]+)', text)[1].replace(',', ''))
-        for words, value in {'params': n, 'trainable params': trained, 'non-trainable params': n - trained}.items():
-            text = re.sub(f'Total {words}: [\\d,]+', f'Total {words}: {value:,}', text)
-        if missed: text = text.replace('Total params', f'In no layer (tokens, positions): {missed:,}\nTotal params', 1)
-        return PrettyString(text)
+# %% ../nbs/04_learner.ipynb #96a469e4
+@patch
+def summary(self: ViTLearner):
+    text, ps = Learner.summary(self), list(self.model.parameters())
+    n, trained = (sum(p.numel() for p in some) for some in (ps, [p for p in ps if p.requires_grad]))
+    missed = n - int(re.search(r'Total params: ([\d,]+)', text)[1].replace(',', ''))
+    for words, value in {'params': n, 'trainable params': trained, 'non-trainable params': n - trained}.items():
+        text = re.sub(f'Total {words}: [\\d,]+', f'Total {words}: {value:,}', text)
+    if missed: text = text.replace('Total params', f'In no layer (tokens, positions): {missed:,}\nTotal params', 1)
+    return PrettyString(text)
 
 # %% ../nbs/04_learner.ipynb #1023212e
 def head_groups(
