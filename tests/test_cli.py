@@ -221,7 +221,7 @@ BAD_TRAIN = {
     'no images':         (dict(data='other'), 'no folders with image files'),
     'unreadable image':  (dict(data='broken'), r"broken/dog/3.jpg can't be read as an image"),
     'size and patch':    (dict(model='S/16'), 'img_size=8 is not divisible by patch_size=16'),
-    'folder size':       (dict(data='broken', img_size=30),
+    'folder size':       (dict(data='broken', model='cifar', img_size=30),
                           'img_size=30 is not divisible by patch_size=4: .* 28 and 32'),
     'size of MNIST':     (dict(data='mnist', img_size=32), 'leave out --img_size'),
     'no epochs':         (dict(epochs=0), 'epochs is 0, but must be above zero'),
