@@ -325,7 +325,8 @@ def test_help_has_groups_and_examples(tmp_path):
     assert set(sum(found.values(), [])) == set(re.findall(r'\[--(\w+)', usage))
     assert re.findall(r'^  (vit_train.*?)(?:   .*)?$', said, flags=re.M) == [
         'vit_train', 'vit_train --data pictures',
-        'vit_train --data pictures --pretrained timm/vit_small_patch16_224.augreg_in21k_ft_in1k',
+        'vit_train --data pictures --pretrained timm/vit_base_patch16_224.augreg_in21k_ft_in1k',
+        'vit_train --data pictures --pretrained none',
         'vit_train --resume runs/pictures']
 
 PROGRAM = """
