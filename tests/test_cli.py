@@ -13,7 +13,7 @@ from programs import Program, shell
 from vit_nbdev import cli
 from vit_nbdev.cli import vit_predict, vit_train
 from vit_nbdev.experiments import read_trials
-from vit_nbdev.learner import RECIPES
+from vit_nbdev.learner import FINETUNE, RECIPES
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import explain, load_model, predict, save_model, train
 
@@ -79,6 +79,27 @@ def test_recipes_say_what_was_measured():
         assert set(threads) == {2 if cores.startswith('two') else 1}
         accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', seconds.mean()/60
         assert RECIPES[recipe].measured == f'{accuracy} (3 seeds{note}), {minutes:.0f} min on {cores}'
+
+def test_recipes_for_a_folder_say_what_was_measured():
+    few = read_trials(ROOT/'nbs'/'studies'/'other_images.jsonl')
+    tuned = read_trials(ROOT/'nbs'/'studies'/'fine_tuning.jsonl').rename(columns=dict(accuracy='test'))
+    def figures(runs, name):
+        rows = runs[runs.name == name]
+        assert sorted(rows.seed) == list(range(5))
+        return f'{rows.test.mean():.2f} ± {rows.test.std():.2f} %', f'{rows.seconds.mean():.0f} s of one CPU thread', rows
+    for recipe, name, words in (('folder', 'folder', '100 photographs a class of CIFAR-10'),
+                                ('photos', 'photos, enlarged', 'the same, enlarged')):
+        accuracy, seconds, rows = figures(few, name)
+        assert set(rows.epochs) == {RECIPES[recipe].epochs} and set(rows.labels) == {100}
+        assert RECIPES[recipe].measured == f'{accuracy} (5 seeds; {words}), {seconds}'
+    accuracy, _, rows = figures(tuned, 'fine-tuned, 300')
+    lr, decay = FINETUNE.values()
+    assert all(s == f'{{epochs: 2, labels: 300, lr: {lr}}}' for s in rows.setting) and decay == 0.75    # its default
+    words = '5 seeds; 300 a class, two epochs of a ViT-S/14 at 56 pixels'
+    assert RECIPES['finetune'].measured == f'{accuracy} ({words})'
+    accuracy, _, rows = figures(tuned, 'probe, 300')
+    assert all(s.endswith(f"value: {RECIPES['probe'].lr}}}") for s in rows.setting)
+    assert RECIPES['probe'].measured == f'{accuracy} (5 seeds; 300 a class, a ViT-S/14 at 56 pixels)'
 
 def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch, no_pictures, few_digits):
     "... and one with a change does not; here a recipe that is quick"
