@@ -119,7 +119,8 @@ TRAIN_EXAMPLES = """examples:
                                              with published weights, where they can be fetched
   vit_train --data pictures --pretrained timm/vit_base_patch16_224.augreg_in21k_ft_in1k
                                              the same pictures, with other weights
-  vit_train --data pictures --pretrained none    the same from scratch
+  vit_train --data pictures --pretrained none
+                                             the same pictures, from scratch
   vit_train --resume runs/pictures           go on with a run that was interrupted"""
 
 # %% ../nbs/10_cli.ipynb #3539bb42

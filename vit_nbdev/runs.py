@@ -167,6 +167,23 @@ def _finetuned(data, recipe, model, pretrained, freeze):
     if model is not None: raise ValueError("--pretrained brings its own model: leave out --model")
     return recipe or ('probe' if freeze else 'finetune')
 
+# %% ../nbs/09_runs.ipynb #0990fa14
+def _is_table(data): return Path(data or '').suffix.lower() == '.csv' and not Path(data).is_dir()
+
+def _columns(text):
+    "The columns of a table, by what they hold"
+    names = [name.strip() for name in (text or 'name,label').split(',')]
+    if len(names) not in (2, 3) or not all(names):
+        raise ValueError(f"columns is {text!r}, expected name,label or name,label,split")
+    return dict(zip(('name', 'label', 'split'), names))
+
+def _two_numbers(text):
+    "Black and white of `--value_range`"
+    if text is None or isinstance(text, (list, tuple)): return text and list(map(float, text))
+    try: black, white = map(float, text.split(','))
+    except ValueError: raise ValueError(f"value_range is {text!r}, expected black,white such as 0,4095") from None
+    return [black, white]
+
 # %% ../nbs/09_runs.ipynb #aee0fb94
 WEIGHTS = {       # what photographs begin with: ImageNet-21k, then ImageNet (Steiner 2021)
     'cpu': 'timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k',
@@ -203,23 +220,6 @@ def _begin(given, device):
         if not fine: return given | dict(recipe='photos'), f'from scratch: {e}'
         raise ValueError(f"{'--freeze' if freeze else f'the recipe {recipe!r}'} needs trained weights: {e}") from e
     return given | dict(pretrained=name), f'published weights, {name} (--pretrained none: from scratch)'
-
-# %% ../nbs/09_runs.ipynb #0990fa14
-def _is_table(data): return Path(data or '').suffix.lower() == '.csv' and not Path(data).is_dir()
-
-def _columns(text):
-    "The columns of a table, by what they hold"
-    names = [name.strip() for name in (text or 'name,label').split(',')]
-    if len(names) not in (2, 3) or not all(names):
-        raise ValueError(f"columns is {text!r}, expected name,label or name,label,split")
-    return dict(zip(('name', 'label', 'split'), names))
-
-def _two_numbers(text):
-    "Black and white of `--value_range`"
-    if text is None or isinstance(text, (list, tuple)): return text and list(map(float, text))
-    try: black, white = map(float, text.split(','))
-    except ValueError: raise ValueError(f"value_range is {text!r}, expected black,white such as 0,4095") from None
-    return [black, white]
 
 # %% ../nbs/09_runs.ipynb #84fb5154
 _KINDS = {f.name: f.type for f in fields(Recipe) if f.name != 'measured'}
