@@ -86,7 +86,8 @@ def test_recipes_for_a_folder_say_what_was_measured():
     def figures(runs, name):
         rows = runs[runs.name == name]
         assert sorted(rows.seed) == list(range(5))
-        return f'{rows.test.mean():.2f} ± {rows.test.std():.2f} %', f'{rows.seconds.mean():.0f} s of one CPU thread', rows
+        accuracy = f'{rows.test.mean():.2f} ± {rows.test.std():.2f} %'
+        return accuracy, f'{rows.seconds.mean():.0f} s of one CPU thread', rows
     for recipe, name, words in (('folder', 'folder', '100 photographs a class of CIFAR-10'),
                                 ('photos', 'photos, enlarged', 'the same, enlarged')):
         accuracy, seconds, rows = figures(few, name)
@@ -600,6 +601,25 @@ def test_vit_train_in_two_processes(tmp_path):
     assert codes == [1, 1]
     for err in errors: assert "a batch of 63 can't be dealt to 2 processes" in err
     assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+PHOTOS = """
+import sys
+from vit_nbdev import runs
+runs.WEIGHTS, runs.PHOTOGRAPH = dict(cpu=sys.argv[2]), 20
+runs.train(sys.argv[1], epochs=1, bs=8, device='cpu', out='run')
+"""
+
+def test_two_processes_begin_with_the_same_weights(tmp_path, pictures):
+    "The first fetches them and decides for both: had each done so for itself, two models would have met"
+    from vit_nbdev.vit import vit
+    (tmp_path/'photos.py').write_text(PHOTOS)
+    prep = Preprocessing(16, [0.3]*3, [0.6]*3, labels=('x', 'y', 'z'))
+    save_model(vit('digits', img_size=16, in_chans=3, n_classes=3, patch_size=4), tmp_path/'trained', prep)
+    codes, errors = two('photos.py', pictures, tmp_path/'trained', cwd=tmp_path)
+    assert codes == [0, 0], errors
+    config = json.loads((tmp_path/'run'/'config.json').read_text())
+    assert config['processes'] == 2 and config['settings']['pretrained'] == str(tmp_path/'trained')
+    assert config['preprocessing']['mean'] == [0.3]*3
 
 # --- what is predicted and what is explained are the same pixels ---
 

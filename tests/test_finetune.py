@@ -147,7 +147,9 @@ BAD = {
     'model': (dict(pretrained='trained', model='S/16'), '--pretrained brings its own model: leave out --model'),
     'digits': (dict(pretrained='trained', data=None), 'is for a folder of images, not for the digits'),
     'cifar10': (dict(pretrained='trained', data='cifar10'), 'is for a folder of images, not for cifar10'),
-    'head first': (dict(freeze_epochs=1), '--freeze_epochs trains the head first, upon trained weights'),
+    'head first': (dict(freeze_epochs=1), '--freeze_epochs needs trained weights: timm/vit_tiny'),
+    'head of a fresh one': (dict(freeze_epochs=1, model='digits', img_size=16),
+                            '--freeze_epochs trains the head first, upon trained weights'),
     'head only': (dict(pretrained='trained', freeze_epochs=2), 'leaves no epoch for the rest of the model'),
     'head twice': (dict(pretrained='trained', freeze=True, freeze_epochs=1), 'choose fewer, or --freeze alone'),
     'head never': (dict(pretrained='trained', freeze_epochs=-1), 'freeze_epochs is -1, but must not be below zero'),
@@ -185,6 +187,9 @@ BEGIN = {    # what is asked for -> recipe, whether with published weights, and 
     'a small one': (dict(img_size=16), 'folder', False, ''),
     'a model': (dict(model='digits', img_size=16), 'folder', False, ''),
     'no weights': (dict(pretrained='none'), 'photos', False, 'from scratch, as asked'),
+    'the head first': (dict(freeze_epochs=1), 'finetune', True, 'published weights'),
+    'two sides': (dict(img_size=(64, 48)), 'finetune', True, 'published weights'),
+    'two sides, one of them small': (dict(img_size=(64, 32)), 'folder', False, ''),
 }
 
 @pytest.mark.parametrize('table', [False, True])
@@ -221,6 +226,53 @@ def test_photographs_without_a_network(pictures, monkeypatch, capsys):
     monkeypatch.setattr(runs, 'PHOTOGRAPH', 41)
     _, config = trained(pictures, epochs=1, force=True)
     assert config['settings']['recipe'] == 'folder' and 'start' not in capsys.readouterr().out
+
+class Broken(Exception): "As httpx's errors are: none of Python's own"
+
+def test_photographs_with_a_network_that_fails(pictures, monkeypatch, capsys):
+    hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
+    def snapshot_download(*args, **kwargs): raise Broken('the proxy is silent')
+    monkeypatch.setattr(hub, 'snapshot_download', snapshot_download)
+    monkeypatch.setattr(runs, 'PHOTOGRAPH', 40)
+    given = dict(data=str(pictures), recipe=None, model=None, pretrained=None, freeze=None, freeze_epochs=None,
+                 img_size=None, pictures=None, columns=None)
+    monkeypatch.setattr(runs, '_settings', lambda **given: given)
+    settings, said = runs._begin(given, torch.device('cpu'))
+    name = runs.WEIGHTS['cpu']
+    assert settings == given | dict(recipe='photos')
+    assert said == (f"from scratch: {name} can't be fetched (Broken: the proxy is silent): "
+                    "try again, or give a local file")
+    with pytest.raises(ValueError, match=f'^--freeze_epochs needs trained weights: {name} can.t be fetched'):
+        runs._begin(given | dict(freeze_epochs=1), torch.device('cpu'))
+
+def test_what_is_wrong_is_said_before_anything_is_fetched(pictures, monkeypatch):
+    monkeypatch.setattr(runs, 'PHOTOGRAPH', 40)
+    monkeypatch.setattr(runs, '_place', lambda name: pytest.fail('fetched'))
+    with pytest.raises(ValueError, match='epochs is 0'): runs.train(pictures, epochs=0, device='cpu')
+
+def test_none_is_no_folder(pictures, monkeypatch):
+    "... and no run is begun with weights that nobody meant"
+    (pictures.parent/'none').mkdir()
+    monkeypatch.chdir(pictures.parent)
+    for none in ('none', 'None', Path('none')): assert runs._where(none) == 'none'
+    assert runs._where('./none') == str(pictures.parent/'none') and runs._where(None) is None
+
+def test_resume_of_a_run_from_scratch(weights, pictures, monkeypatch):
+    "It may be said once more that it has no weights, but not that it has some"
+    out, run = str(pictures.parent/'out'), runs.EpochLines
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(run, 'before_epoch', stop, raising=False)
+        with pytest.raises(SystemExit): trained(pictures, pretrained='none', img_size=16, model='digits')
+    with pytest.raises(SystemExit, match=f'was begun with --pretrained none, not {weights}: leave it out'):
+        vit_train.__wrapped__(resume=out, pretrained=str(weights), device='cpu')
+    vit_train.__wrapped__(resume=out, pretrained='none', device='cpu')
+    assert json.loads((pictures.parent/'out'/'config.json').read_text())['settings']['pretrained'] == ''
+
+def test_no_hint_at_what_is_done(weights, pictures, capsys):
+    trained(pictures, recipe='folder', pretrained=str(weights), epochs=1)
+    assert 'hint    ' not in capsys.readouterr().out
 
 def test_a_finetuned_run_is_resumed(weights, pictures, monkeypatch):
     whole, _ = trained(pictures, pretrained=str(weights), workers=0)

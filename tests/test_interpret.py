@@ -337,7 +337,8 @@ def clipped(fig):
 
 def look(kind): return KINDS[kind].get('img_size'), KINDS[kind].get('in_chans'), KINDS[kind].get('stem')
 
-LOOKS = {look(kind): kind for kind in reversed(KINDS)}   # the first kind whose figures have other shapes than those before
+# the first kind whose figures have other shapes than those before
+LOOKS = {look(kind): kind for kind in reversed(KINDS)}
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_figures_of_every_model(kind):

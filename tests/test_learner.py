@@ -1,6 +1,6 @@
 """Loaders, callbacks and checkpoints of a `ViTLearner`."""
 import os, time
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageDataLoaders, Normalize, Resize
 from hypothesis import Phase, given, settings
@@ -18,7 +19,7 @@ from torch import nn
 
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
 from vit_nbdev.learner import (EMA, Checkpoint, Threads, _left_over, head_groups, load_checkpoint, normalise_as,
-                               vit_learner)
+                               vit_groups, vit_learner)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import load_model, save_model
@@ -104,9 +105,25 @@ def test_published_weights_are_fine_tuned(trained, capsys):
         highest.clear()
         learn.fit(1, slice(1e-5, 1e-3), cbs=Note())              # fastai's own, as it was asked for
         np.testing.assert_allclose(highest[0][[0, -1]], [1e-5, 1e-3])
+    for fit in (lambda: learn.fit_flat_cos(1, 1e-3, cbs=Note()), lambda: learn.fit_sgdr(1, 1, lr_max=1e-3, cbs=Note())):
+        highest.clear()
+        with learn.no_bar(), learn.no_logging(): fit()
+        np.testing.assert_allclose(np.max(highest, 0), 1e-3*share)
+    learn.lr = 2e-3
+    learn.create_opt()
+    np.testing.assert_allclose(rates(learn), 2e-3*share)
     learn.freeze()
     assert {n for n, p in learn.model.named_parameters() if p.requires_grad} == \
         {'encoder.norm.weight', 'encoder.norm.bias', 'head.weight', 'head.bias'}
+    torchs = vit_learner(learn.dls, pretrained=trained/'run', opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+    torchs.create_opt()
+    np.testing.assert_allclose(rates(torchs), 3e-4*share)
+    torchs.model = nn.DataParallel(torchs.model)
+    assert torchs._rates(np.float32(1e-3)).stop == np.float32(1e-3)
+    # groups of one's own: no decay unasked
+    own = vit_learner(learn.dls, pretrained=trained/'run', splitter=vit_groups)
+    own.create_opt()
+    assert set(rates(own)) == {3e-4}
     plain = vit_learner(folder_dls(trained, img_size=28, bs=16, device='cpu'), pretrained=trained/'run', layer_decay=0)
     plain.create_opt()
     assert len(rates(plain)) == 3 and set(rates(plain)) == {3e-4}

@@ -71,6 +71,7 @@ BAD = {
     'column': (lambda t: t, dict(label='class'), "has no column class: its columns are file, kind"),
     'empty': (lambda t: t.replace({'kind': {'b': ' '}}), {}, "'kind' is empty in row 10, 12, 14, 16, 18 and 5 more"),
     'no row': (lambda t: t[:0], {}, 'holds no row'),
+    'two columns of a name': (lambda t: pd.concat([t, t[['kind']]], axis=1), {}, "has two columns kind: rename one"),
     'twice': (lambda t: pd.concat([t, t[:1]]), {}, 'names 0.png twice'),
     'one class': (lambda t: t.assign(kind='a'), {}, 'has a to train with: two classes or more'),
     'split': (lambda t: t.assign(part='tset'), dict(split='part'), "'part' has tset, expected train, valid and test"),

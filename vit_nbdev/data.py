@@ -834,6 +834,8 @@ def _rows(table, columns, filled):
         what = "say which hold the names and the labels (--columns name,label)"
         if len(table.columns) == 1: what = "there is one only, so write commas between the columns"
         raise ValueError(f"{where} has no column {some(unknown)}: its columns are {some(table.columns, 20)}; {what}")
+    if twice := [c for c in columns if list(table.columns).count(c) > 1]:
+        raise ValueError(f"{where} has two columns {some(twice)}: rename one of them")
     if not len(table): raise ValueError(f"{where} holds no row")
     for c in filled:
         empty = [i + 1 for i, x in enumerate(table[c]) if pd.isna(x) or not str(x).strip()]

@@ -8,10 +8,11 @@ __all__ = ['STEM', 'FINETUNE', 'RECIPES', 'FORMAT', 'vit_groups', 'AdamW', 'adam
            'save_atomic', 'load_checkpoint', 'Checkpoint', 'DealtDL', 'deal']
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
-import os, random, re, time, warnings
+import inspect, os, random, re, time, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,6 @@ from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.torch_core import get_model, to_detach
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
-from fastcore.meta import delegates
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
@@ -135,19 +135,7 @@ class Threads(Callback):
 # %% ../nbs/04_learner.ipynb #a3f701cc
 class ViTLearner(Learner):
     "fastai's `Learner`; a fit may begin at a later epoch than the first (see `Checkpoint`)"
-    first_epoch = 0
-    layer_decay = 0.         # `vit_learner` sets it: a learning rate that is one number is the last group's
-    def _rates(self, lr):
-        one = isinstance(lr, (int, float)) and self.layer_decay
-        return slice(lr*self.layer_decay**(self.model.config.depth + 1), lr) if one else lr
-
-    @delegates(Learner.fit)
-    def fit(self, n_epoch, lr=None, *args, **kwargs): super().fit(n_epoch, self._rates(lr), *args, **kwargs)
-
-    @delegates(Learner.fit_one_cycle)
-    def fit_one_cycle(self, n_epoch, lr_max=None, *args, **kwargs):
-        super().fit_one_cycle(n_epoch, self._rates(lr_max), *args, **kwargs)
-
+    first_epoch, layer_decay = 0, 0.
     def _do_fit(self):
         bar = getattr(getattr(self, 'progress', None), 'mbar', None)
         if self.first_epoch and bar: bar.update(0)       # the bar begins at zero
@@ -178,6 +166,33 @@ def summary(self: ViTLearner):
         text = re.sub(f'Total {words}: [\\d,]+', f'Total {words}: {value:,}', text)
     if missed: text = text.replace('Total params', f'In no layer (tokens, positions): {missed:,}\nTotal params', 1)
     return PrettyString(text)
+
+# %% ../nbs/04_learner.ipynb #2427f6f3
+@patch
+def _rates(self: ViTLearner, lr=None):
+    "What a fit makes of a learning rate; None: the learner's own"
+    if lr is None: lr = self.lr
+    if not isinstance(lr, Real) or not self.layer_decay: return lr
+    lowest = lr*self.layer_decay**(get_model(self.model).config.depth + 1)
+    return slice(lowest, lr)                # fastai spaces the groups' rates by equal factors
+
+@patch
+def create_opt(self: ViTLearner):
+    Learner.create_opt(self)
+    self.opt.set_hyper('lr', self._rates())
+
+def _with_rates(fit, place):
+    "fastai's way to train, with `_rates` of its argument number `place`, which is called lr or lr_max"
+    name = list(inspect.signature(fit).parameters)[place]
+    @wraps(fit)
+    def fit_with_rates(self, *args, **kwargs):
+        bound = inspect.signature(fit).bind(self, *args, **kwargs)
+        bound.arguments[name] = self._rates(bound.arguments.get(name))
+        return fit(*bound.args, **bound.kwargs)
+    return fit_with_rates
+
+for _name, _place in dict(fit=2, fit_one_cycle=2, fit_flat_cos=2, fit_sgdr=3).items():
+    setattr(ViTLearner, _name, _with_rates(getattr(Learner, _name), _place))
 
 # %% ../nbs/04_learner.ipynb #1023212e
 def head_groups(
@@ -224,14 +239,15 @@ def normalise_as(
     "Let the loaders normalise as a model expects, and say in a line what was changed"
     mean, std = ([x/(255*preprocessing.scale) for x in values] for values in (preprocessing.mean, preprocessing.std))
     wanted = [torch.tensor(values, device=dls.device).view(1, -1, 1, 1) for values in (mean, std)]
-    found = [[tfm for tfm in dl.after_batch.fs if isinstance(tfm, Normalize)] for dl in dls.loaders]
+    loaders = [dl.dl if isinstance(dl, DistributedDL) else dl for dl in dls.loaders]
+    found = [[tfm for tfm in dl.after_batch.fs if isinstance(tfm, Normalize)] for dl in loaders]
     before = {_statistics(tfm.mean, tfm.std) for tfms in found for tfm in tfms}
     if not all(found): before.add('no normalisation')
-    for dl, tfms in zip(dls.loaders, found):
+    for dl, tfms in zip(loaders, found):
         for tfm in tfms: tfm.mean, tfm.std = wanted
         if not tfms: dl.after_batch.add(Normalize(*wanted))
     now = _statistics(*wanted)
-    if before != {now}:
+    if before != {now} and not rank_distrib():
         print(f"images are normalised as the model expects: {now} (before: {'; '.join(sorted(before))})")
     if hasattr(dls, 'preprocessing'):
         p = preprocessing
@@ -263,7 +279,8 @@ def vit_learner(
     if prep is not None: normalise_as(dls, prep)
     loss, usual = _loss(dls, label_smoothing)
     if lr is None: lr = 3e-3 if pretrained is None else FINETUNE['lr']
-    if layer_decay is None: layer_decay = 0. if pretrained is None else FINETUNE['layer_decay']
+    usual_groups = 'splitter' not in kwargs
+    if layer_decay is None: layer_decay = FINETUNE['layer_decay'] if pretrained is not None and usual_groups else 0.
     defaults = dict(loss_func=loss, opt_func=adamw, train_bn=False, splitter=head_groups)
     if isinstance(model, ViT): defaults['splitter'] = partial(vit_groups, per_block=layer_decay > 0)
     if layer_decay:
@@ -275,7 +292,6 @@ def vit_learner(
     kwargs['cbs'] = [Threads(), *L(kwargs.get('cbs'))]
     learn = ViTLearner(dls, model, lr=lr, wd=wd, metrics=metrics, **defaults | kwargs)
     learn.layer_decay = layer_decay
-    learn.lr = learn._rates(lr)     # a slice, whose rates fastai spaces by equal factors
     return learn
 
 # %% ../nbs/04_learner.ipynb #69c0f83b

@@ -1031,9 +1031,14 @@ def _from_hub(name):
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError) as e:
         raise ConnectionError(f"{name} is not here yet, and the hub can't be reached: "
                               "try again with a network, or give a local file") from e
+    except (OSError, MemoryError): raise
+    except Exception as e:           # the libraries that fetch have their own for a proxy, a timeout, a broken part
+        raise ConnectionError(f"{name} can't be fetched ({type(e).__name__}: {e}): "
+                              "try again, or give a local file") from e
     raise FileNotFoundError(f"{name} on the hub holds neither model.safetensors nor pytorch_model.bin: "
                             "fetch a file yourself and give its path")
 
+# %% ../nbs/05_pretrained.ipynb #95fe79c8
 def _place(source):
     "The file or folder of a source"
     name, path = str(source), Path(source)

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 # the first to import fastai: it does so in silence
-from .data import (_read_csv, cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls, find_images,
-                            folder_dls, mnist_dls, table_dls)
+from .data import (IMAGES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls,
+                            find_images, folder_dls, mnist_dls, table_dls)
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
@@ -191,35 +191,58 @@ WEIGHTS = {       # what photographs begin with: ImageNet-21k, then ImageNet (St
 }
 PHOTOGRAPH = 64   # pixels of a picture's shorter side from which on it is taken for a photograph
 
+def _some_images(folder):
+    "A few image files of a folder, without a look at all of them"
+    walk = islice(os.walk(folder, followlinks=True), 1000)
+    names = (Path(place)/name for place, _, names in walk for name in names)
+    return list(islice((f for f in names if f.suffix.lower() in IMAGES), 16)) or find_images(folder)[0][:16]
+
 def _side(data, pictures, columns):
-    "The shorter side in pixels of a typical picture of a folder or a table, of 16 of them; 0 if none can be read"
+    "The shorter side in pixels of a typical picture of a folder or a table, of up to 16; 0 if none can be read"
     if _is_table(data):
-        table = _read_csv(data).rename(columns=str.strip)
-        names = table.get(_columns(columns)['name'], [])
-        files = [Path(pictures or Path(data).parent)/str(name).strip() for name in names]
-    else: files = find_images(data)[0]
+        names = _read_csv(data).rename(columns=str.strip).get(_columns(columns)['name'], [])
+        files = [Path(pictures or Path(data).parent)/str(name).strip() for name in names[:16]]
+    else: files = _some_images(data)
     sides = []
-    for file in files[::len(files)//16 + 1]:
-        with suppress(ValueError, OSError): sides.append(min(open_image(file).size))
+    def note(im):
+        sides.append(min(im.size))
+        im.draft('RGB', (PHOTOGRAPH, PHOTOGRAPH))          # decode no more than needed
+    for file in files:
+        with suppress(ValueError, OSError): open_image(file, opened=note)
     return int(np.median(sides)) if sides else 0
 
+def _unreachable(name, device):
+    "Why published weights can't be had, '' if they are here now; of several processes the first fetches and decides"
+    why = ['']
+    if not rank_distrib():
+        try: _place(name)
+        except (OSError, ImportError) as e: why = [str(e)]
+    if num_distrib() > 1:
+        _join_processes(device)
+        torch.distributed.broadcast_object_list(why)
+    return why[0]
+
+# %% ../nbs/09_runs.ipynb #7c149700
 def _begin(given, device):
     "The settings with weights or a recipe for a folder where none are named, and a sentence that says which"
-    data, recipe, freeze, pretrained = (given[k] for k in ('data', 'recipe', 'freeze', 'pretrained'))
-    scratch, fine = pretrained == 'none', freeze or recipe in ('finetune', 'probe')
-    if scratch: given = given | dict(pretrained=None)
+    data, recipe, pretrained = (given[k] for k in ('data', 'recipe', 'pretrained'))
+    fine = '--freeze' if given['freeze'] else '--freeze_epochs' if given['freeze_epochs'] else \
+        f'the recipe {recipe!r}' if recipe in ('finetune', 'probe') else ''       # what trained weights are needed for
+    if scratch := pretrained == 'none': given = given | dict(pretrained=None)
     there = data not in (None, *LOADERS) and (Path(data).is_file() if _is_table(data) else Path(data).is_dir())
-    if not there or given['pretrained'] or given['model'] or recipe and not fine or fine and scratch: return given, ''
+    named = given['pretrained'] or given['model'] or recipe not in (None, 'finetune', 'probe')
+    if not there or named or fine and scratch: return given, ''
     if not fine:
         side = _side(data, given['pictures'], given['columns'])
-        if min(side, given['img_size'] or side) < PHOTOGRAPH: return given, ''
+        if min(side, *np.ravel(given['img_size'] or side)) < PHOTOGRAPH: return given, ''
     if scratch: return given | dict(recipe='photos'), 'from scratch, as asked'
     name = WEIGHTS['cpu' if device.type == 'cpu' else 'gpu']
-    try: _place(name)
-    except (OSError, ImportError) as e:
-        if not fine: return given | dict(recipe='photos'), f'from scratch: {e}'
-        raise ValueError(f"{'--freeze' if freeze else f'the recipe {recipe!r}'} needs trained weights: {e}") from e
-    return given | dict(pretrained=name), f'published weights, {name} (--pretrained none: from scratch)'
+    tuned = given | dict(pretrained=name)
+    _settings(**tuned)                                     # what is wrong with them is said before anything is fetched
+    if not (why := _unreachable(name, device)):
+        return tuned, f'published weights, {name} (--pretrained none: from scratch)'
+    if fine: raise ValueError(f"{fine} needs trained weights: {why}")
+    return given | dict(recipe='photos'), f'from scratch: {why}'
 
 # %% ../nbs/09_runs.ipynb #84fb5154
 _KINDS = {f.name: f.type for f in fields(Recipe) if f.name != 'measured'}
@@ -280,9 +303,9 @@ def _as_weights_need(settings):
     return prep
 
 def _where(pretrained):
-    "The name of weights; of a file or folder the whole path, so that a run can be resumed from anywhere"
-    if pretrained is None or not Path(pretrained).exists(): return pretrained
-    return os.path.abspath(pretrained)
+    "The name of weights, or none; of a file or folder the whole path, so that a run can be resumed from anywhere"
+    if pretrained is None or str(pretrained).lower() == 'none': return pretrained and 'none'
+    return os.path.abspath(pretrained) if Path(pretrained).exists() else str(pretrained)
 
 def _fingerprint(dls):
     "A number that changes with any pixel or label"
@@ -401,8 +424,8 @@ def _resumed(run, given):
     given = given | _moved(given['data'], given['path'], given['pictures'], settings)
     for k, v in given.items():
         if v is not None and settings.get(k) != v:
-            raise ValueError(f"{part} was begun with --{k} {settings.get(k)}, not {v}: "
-                             "leave it out, or start another run")
+            then, now = (str(x) or 'none' for x in (settings.get(k), v))
+            raise ValueError(f"{part} was begun with --{k} {then}, not {now}: leave it out, or start another run")
     if settings['path'] is not None and not Path(settings['path']).exists():
         option = '--data' if settings['data'] == 'folder' else '--path'
         raise FileNotFoundError(f"the images of {part} are no longer in {settings['path']}: say with {option} where")
@@ -696,7 +719,7 @@ def _describe(say, s, r, dls, learn, device):
     say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}{less}, "
         f"seed {s['seed']}")
     say(f"device  {device}{threads}{processes}")
-    if s['recipe'] == 'folder' and (each := sizes[0]//c.n_classes) < _FEW:
+    if s['recipe'] == 'folder' and not r.pretrained and (each := sizes[0]//c.n_classes) < _FEW:
         say(f"hint    {each:,} training images a class are few to begin from scratch with: --pretrained SOURCE begins "
             "with published weights (vit_train --help has an example)")
     known = RECIPES[s['recipe']]
@@ -833,6 +856,7 @@ def train(
     if resume is not None:
         if out is not None or force:
             raise ValueError("--resume goes on in the folder it is given: leave out --out and --force")
+        if given['pretrained'] == 'none': given['pretrained'] = ''        # as it is kept
         s, out = _resumed(resume, given)
     else:
         given, start = _begin(given, device)
