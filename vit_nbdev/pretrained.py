@@ -1033,8 +1033,8 @@ def _from_hub(name):
                               "try again with a network, or give a local file") from e
     except (OSError, MemoryError): raise
     except Exception as e:           # the libraries that fetch have their own for a proxy, a timeout, a broken part
-        raise ConnectionError(f"{name} can't be fetched ({type(e).__name__}: {e}): "
-                              "try again, or give a local file") from e
+        why = f'{type(e).__name__}: {e}'.split('\n')[0]
+        raise ConnectionError(f"{name} can't be fetched ({why}): try again, or give a local file") from e
     raise FileNotFoundError(f"{name} on the hub holds neither model.safetensors nor pytorch_model.bin: "
                             "fetch a file yourself and give its path")
 
