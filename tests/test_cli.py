@@ -88,7 +88,7 @@ def test_recipes_for_a_folder_say_what_was_measured():
         assert sorted(rows.seed) == list(range(5))
         accuracy = f'{rows.test.mean():.2f} ± {rows.test.std():.2f} %'
         return accuracy, f'{rows.seconds.mean():.0f} s of one CPU thread', rows
-    for recipe, name, words in (('folder', 'folder', '100 photographs a class of CIFAR-10'),
+    for recipe, name, words in (('folder', 'folder', 'CIFAR-10, 100 a class'),
                                 ('photos', 'photos, enlarged', 'the same, enlarged')):
         accuracy, seconds, rows = figures(few, name)
         assert set(rows.epochs) == {RECIPES[recipe].epochs} and set(rows.labels) == {100}

@@ -478,7 +478,7 @@ RECIPES = {
     # recipes for a folder: measured with photographs of CIFAR-10, 100 or 300 of each class
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3, keep_best=True,
                             augment=dict(pad_mode='reflection'), changes=dict(stem='conv', patch_size=8, depth=6),
-                            measured='39.93 ± 1.75 % (5 seeds; 100 photographs a class of CIFAR-10), 140 s of one CPU thread'),
+                            measured='39.93 ± 1.75 % (5 seeds; CIFAR-10, 100 a class), 140 s of one CPU thread'),
     'photos':        Recipe('folder',        'photos', epochs=20,  bs=32,  lr=1e-3, keep_best=True,
                             augment=dict(pad_mode='reflection'),
                             measured='38.78 ± 2.14 % (5 seeds; the same, enlarged), 633 s of one CPU thread'),
