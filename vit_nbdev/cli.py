@@ -160,7 +160,7 @@ def vit_train(
     layer_decay:float=None, # a block's learning rate as a fraction of that of the block above (default: the recipe's)
     tta:store_true=False, # test also with the mean over crops of each image (and mirrored ones, with --flip)
     log:str=None,         # tensorboard or wandb, to watch beside metrics.csv (each needs the extra of its name)
-    out:str=None,         # the run folder (default: runs/<recipe>, numbered if taken)
+    out:str=None,         # the run folder (default: runs/<recipe>, of a folder runs/<its name>; numbered if taken)
     force:store_true=False, # replace the run folder if it exists
     resume:str=None,      # go on with this run, which was interrupted
 ):

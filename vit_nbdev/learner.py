@@ -264,10 +264,10 @@ FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)
 def vit_learner(
     dls: DataLoaders,              # batches of images `(b c h w)` and labels `(b)`
     model: str|nn.Module|None = None,  # a name that `vit` knows, built for these images (default 'S/16'); or a model
-    lr: float|None = None,         # the default of `fit_one_cycle` and `fit`; here 3e-3, with `pretrained` 3e-4
+    lr: float|None = None,         # the default of `fit_one_cycle` and `fit`; here 3e-3, of trained weights 3e-4
     wd: float = 0.05,              # weight decay of matrices and kernels, see `adamw`
     layer_decay: float|None = None,  # a block's rate over that of the block above (Clark 2020); 0: none; by default
-                                   # 0.75 with `pretrained`, else none
+                                   # 0.75 of trained weights (`pretrained`, or a model that was loaded)
     label_smoothing: float = 0.,   # fraction of a label's weight that is spread over all classes (Szegedy 2015)
     pretrained: str|Path|dict|None = None,  # published weights, a source of `load_pretrained`, in place of `model`
     metrics=None,                  # shown after each epoch; default: accuracy, with several labels their F1, too
@@ -278,9 +278,9 @@ def vit_learner(
     prep = getattr(model, 'preprocessing', None)
     if prep is not None: normalise_as(dls, prep)
     loss, usual = _loss(dls, label_smoothing)
-    if lr is None: lr = 3e-3 if pretrained is None else FINETUNE['lr']
-    usual_groups = 'splitter' not in kwargs
-    if layer_decay is None: layer_decay = FINETUNE['layer_decay'] if pretrained is not None and usual_groups else 0.
+    fresh = pretrained is None and prep is None
+    if lr is None: lr = 3e-3 if fresh else FINETUNE['lr']
+    if layer_decay is None: layer_decay = 0. if fresh or 'splitter' in kwargs else FINETUNE['layer_decay']
     defaults = dict(loss_func=loss, opt_func=adamw, train_bn=False, splitter=head_groups)
     if isinstance(model, ViT): defaults['splitter'] = partial(vit_groups, per_block=layer_decay > 0)
     if layer_decay:

@@ -806,7 +806,7 @@ def train(
     path: str|Path|None = None,  # where the data set is kept, default `data_path()`; or the files that a CSV names
     columns: str|None = None,    # of a CSV file: 'name,label' or 'name,label,split', as in `table_dls`
     delim: str|None = None,      # of a CSV file: what stands between the labels of an image that has several
-    recipe: str|None = None,     # a key of `RECIPES`; default: the one that is named like the data
+    recipe: str|None = None,     # a key of `RECIPES`; default: that of the data, for a folder see `WEIGHTS`
     model: str|None = None,      # a name that `vit` knows; this and the next three: default as in the recipe
     epochs: int|None = None,     # how often each training image is seen
     bs: int|None = None,         # images in a batch, over all processes
@@ -835,7 +835,7 @@ def train(
     stream: bool|None = None,    # read a folder's pictures as they are needed; default: if memory is short
     workers: int|None = None,    # processes that read them
     cache: str|Path|None = None,  # folder in which decoded pictures are kept
-    out: str|Path|None = None,   # the run folder; default `runs/<recipe>`, numbered
+    out: str|Path|None = None,   # the run folder; default `runs/<recipe or folder>`, numbered
     force: bool = False,         # replace `out` if it is a run
     resume: str|Path|None = None,  # go on with this run, which was interrupted; all settings are its own
 ) -> Path:                       # the run folder
