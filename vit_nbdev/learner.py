@@ -183,10 +183,11 @@ def create_opt(self: ViTLearner):
 
 def _with_rates(fit, place):
     "fastai's way to train, with `_rates` of its argument number `place`, which is called lr or lr_max"
-    name = list(inspect.signature(fit).parameters)[place]
+    signature = inspect.signature(fit)
+    name = list(signature.parameters)[place]
     @wraps(fit)
     def fit_with_rates(self, *args, **kwargs):
-        bound = inspect.signature(fit).bind(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
         bound.arguments[name] = self._rates(bound.arguments.get(name))
         return fit(*bound.args, **bound.kwargs)
     return fit_with_rates
@@ -267,7 +268,7 @@ def vit_learner(
     lr: float|None = None,         # the default of `fit_one_cycle` and `fit`; here 3e-3, of trained weights 3e-4
     wd: float = 0.05,              # weight decay of matrices and kernels, see `adamw`
     layer_decay: float|None = None,  # a block's rate over that of the block above (Clark 2020); 0: none; by default
-                                   # 0.75 of trained weights (`pretrained`, or a model that was loaded)
+                                   # 0.75 of trained weights (`pretrained`, or a model with `preprocessing`)
     label_smoothing: float = 0.,   # fraction of a label's weight that is spread over all classes (Szegedy 2015)
     pretrained: str|Path|dict|None = None,  # published weights, a source of `load_pretrained`, in place of `model`
     metrics=None,                  # shown after each epoch; default: accuracy, with several labels their F1, too
