@@ -603,14 +603,20 @@ def test_vit_train_in_two_processes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['run']
 
 PHOTOS = """
-import sys
+import sys, torch
+from fastai.torch_core import rank_distrib
 from vit_nbdev import runs
-runs.WEIGHTS, runs.PHOTOGRAPH = dict(cpu=sys.argv[2]), 20
-runs.train(sys.argv[1], epochs=1, bs=8, device='cpu', out='run')
+from vit_nbdev.learner import Checkpoint
+runs.WEIGHTS, runs.PHOTOGRAPH, seen = dict(cpu=sys.argv[2]), 20, []
+def before_batch(self):
+    if self.training: seen.extend(x.numpy().tobytes() for x in self.x)
+Checkpoint.before_batch = before_batch
+runs.train(sys.argv[1], epochs=1, bs=8, device='cpu', stream=True, workers=0, out='run')
+torch.save(seen, f'seen-{rank_distrib()}.pt')
 """
 
 def test_two_processes_begin_with_the_same_weights(tmp_path, pictures):
-    "The first fetches them and decides for both: had each done so for itself, two models would have met"
+    "The first fetches them and decides for both; and each streamed picture is seen by one of them only"
     from vit_nbdev.vit import vit
     (tmp_path/'photos.py').write_text(PHOTOS)
     prep = Preprocessing(16, [0.3]*3, [0.6]*3, labels=('x', 'y', 'z'))
@@ -620,6 +626,8 @@ def test_two_processes_begin_with_the_same_weights(tmp_path, pictures):
     config = json.loads((tmp_path/'run'/'config.json').read_text())
     assert config['processes'] == 2 and config['settings']['pretrained'] == str(tmp_path/'trained')
     assert config['preprocessing']['mean'] == [0.3]*3
+    a, b = (torch.load(tmp_path/f'seen-{rank}.pt', weights_only=False) for rank in (0, 1))
+    assert len(a) == len(b) > 0 and len(set(a + b)) == len(a + b)
 
 # --- what is predicted and what is explained are the same pixels ---
 
