@@ -109,6 +109,11 @@ def test_published_weights_are_fine_tuned(trained, capsys):
         highest.clear()
         with learn.no_bar(), learn.no_logging(): fit()
         np.testing.assert_allclose(np.max(highest, 0), 1e-3*share)
+    highest.clear()
+    learn.add_cb(Note())
+    with learn.no_bar(): learn.lr_find(1e-5, 1e-1, num_it=8, stop_div=False, show_plot=False)
+    learn.remove_cb(Note)
+    np.testing.assert_allclose(highest[1:], 1e-5*1e4**(np.arange(7)/8)[:, None]*share)   # noted a step late
     learn.lr = 2e-3
     learn.create_opt()
     np.testing.assert_allclose(rates(learn), 2e-3*share)

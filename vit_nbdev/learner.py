@@ -195,6 +195,14 @@ def _with_rates(fit, place):
 for _name, _place in dict(fit=2, fit_one_cycle=2, fit_flat_cos=2, fit_sgdr=3).items():
     setattr(ViTLearner, _name, _with_rates(getattr(Learner, _name), _place))
 
+@patch
+def lr_find(self: ViTLearner, start_lr=1e-7, end_lr=10, *args, **kwargs):
+    if self.opt is None: self.create_opt()
+    def rates(lr):
+        self.opt.set_hyper('lr', self._rates(lr))
+        return np.array([group['lr'] for group in self.opt.hypers])
+    return Learner.lr_find(self, rates(start_lr), rates(end_lr), *args, **kwargs)
+
 # %% ../nbs/04_learner.ipynb #1023212e
 def head_groups(
     model: nn.Module,  # any; its last part is taken for the head

@@ -214,7 +214,7 @@ def plot_predictions(
     shown = wrong[:n*2//3]
     order, rows = torch.cat([shown, right])[:n].tolist(), math.ceil(min(n, len(shown) + len(right))/8)
     fig = figure(figsize=(9, 1.45*rows + 0.4))
-    first = f', {len(shown)} of them first' if len(shown) else ''
+    first = f', {"these" if len(shown) == len(wrong) else len(shown)} first' if len(shown) else ''
     fig.suptitle(f'{split} split: {len(wrong)} of {len(targets):,} wrong{first}', fontsize=10)
     axes = fig.subplots(rows, 8, squeeze=False, subplot_kw=_NO_TICKS).flat
     for ax in axes: ax.axis('off')
