@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vit_nbdev.preprocessing import (Preprocessing, open_image, timm_preprocessing, torchvision_preprocessing,
-                                     transformers_preprocessing)
+from vit_nbdev.preprocessing import (UNREAD, Preprocessing, is_special, open_image, timm_preprocessing,
+                                     torchvision_preprocessing, transformers_preprocessing)
 
 HALF = [0.5]*3
 SHAPES = [(1, 60), (60, 1), (1, 1), (10, 100), (100, 10), (640, 64), (64, 640), (3, 5), (223, 224), (225, 223),
@@ -247,3 +247,11 @@ def test_normalise_and_back():
     assert torch.allclose(z[0, 2], (x[0, 2]/255 - 0.3)/0.6)
     assert torch.allclose(prep.denormalise(z)*255, x.float(), atol=1e-4)
     assert prep.normalise(x.double()).dtype == torch.float64
+
+def test_what_is_refused_before_it_is_opened(tmp_path):
+    "A device, since reading it may never end, and kinds that pillow can't read; memory that looks like a folder may do"
+    assert is_special('/dev/zero') and is_special('/proc/self/mem')
+    assert not is_special('/dev/shm/cat.jpg') and not is_special('cat.jpg')
+    for suffix in UNREAD:
+        (tmp_path/f'cat{suffix}').write_bytes(b'no picture')
+        with pytest.raises(ValueError, match='convert it to JPEG or PNG'): open_image(tmp_path/f'cat{suffix}')

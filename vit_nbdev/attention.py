@@ -15,29 +15,6 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/00_attention.ipynb #3f1b6c02
-def _check_labels(shape, q_labels, k_labels, titles):
-    "Raise an error if there are not as many labels as queries, keys and heads in weights of `shape` `(h n m)`"
-    expected = dict(titles=(titles, shape[0]), q_labels=(q_labels, shape[1]), k_labels=(k_labels, shape[2]))
-    for name, (labels, count) in expected.items():
-        if labels is not None and len(labels) != count:
-            raise ValueError(f"{name} holds {len(labels)} labels, expected {count}")
-
-def _heat_map(ax, w, title, q_labels, k_labels, values):
-    "Draw the weights `w` `(n m)` of one head on `ax`"
-    image = ax.imshow(w, vmin=0, vmax=1, cmap='viridis')
-    ax.set_title(title, fontsize=9)
-    ax.set_xlabel('key')
-    if q_labels is not None: ax.set_yticks(range(len(q_labels)), q_labels)
-    if k_labels is not None:
-        ax.set_xticks(range(len(k_labels)), k_labels, rotation=45, ha='right', rotation_mode='anchor')
-    if not values: return image
-    for i, row in enumerate(w):
-        for j, x in enumerate(row):
-            color = 'white' if x < 0.6 else 'black'
-            ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=8, color=color)
-    return image
-
 # %% ../nbs/00_attention.ipynb #f48ebed2
 def plot_attention(
     weights: Tensor,                   # `(n m)`, or `(h n m)` for a picture per head
@@ -68,6 +45,29 @@ def plot_attention(
     fig.colorbar(image, ax=axes, label='attention weight', shrink=0.8)
     plt.close(fig)     # a notebook shows what is returned, and would show what is open as well
     return fig
+
+# %% ../nbs/00_attention.ipynb #3f1b6c02
+def _check_labels(shape, q_labels, k_labels, titles):
+    "Raise an error if there are not as many labels as queries, keys and heads in weights of `shape` `(h n m)`"
+    expected = dict(titles=(titles, shape[0]), q_labels=(q_labels, shape[1]), k_labels=(k_labels, shape[2]))
+    for name, (labels, count) in expected.items():
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{name} holds {len(labels)} labels, expected {count}")
+
+def _heat_map(ax, w, title, q_labels, k_labels, values):
+    "Draw the weights `w` `(n m)` of one head on `ax`"
+    image = ax.imshow(w, vmin=0, vmax=1, cmap='viridis')
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel('key')
+    if q_labels is not None: ax.set_yticks(range(len(q_labels)), q_labels)
+    if k_labels is not None:
+        ax.set_xticks(range(len(k_labels)), k_labels, rotation=45, ha='right', rotation_mode='anchor')
+    if not values: return image
+    for i, row in enumerate(w):
+        for j, x in enumerate(row):
+            color = 'white' if x < 0.6 else 'black'
+            ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=8, color=color)
+    return image
 
 # %% ../nbs/00_attention.ipynb #1f5a127a
 def attention_weights(

@@ -166,71 +166,6 @@ def to_json(self: ViTConfig) -> str: return json.dumps(asdict(self))
 @patch(cls_method=True)
 def from_json(cls: ViTConfig, text: str): return _config(json.loads(text))
 
-# %% ../nbs/02_vit.ipynb #88da1ea1
-def _is_int(x, least): return isinstance(x, int) and not isinstance(x, bool) and least <= x < 2**31
-def _is_number(x, least=-1e38): return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x < 1e38
-def _is_size(x): return all(_is_int(v, 1) for v in (x if isinstance(x, (tuple, list)) and len(x) == 2 else [x]))
-
-_RULES = {    # by a field's name, or else by its type: is a value good, and what is expected?
-    int: (lambda x: _is_int(x, 1), 'a positive integer'),
-    bool: (lambda x: isinstance(x, bool), 'True or False'),
-    float: (lambda x: _is_number(x) and x > 0, 'a positive number'),
-    'img_size': (_is_size, 'a positive integer of pixels, or two: (height, width)'),
-    'cls_token': (lambda x: x is None or isinstance(x, bool), 'True, False or None'),
-    'layer_scale': (lambda x: x is None or _is_number(x), 'a number or None'),
-    **dict.fromkeys(['rotary_size', 'pool_heads'],
-                    (lambda x: x is None or _is_int(x, 1), 'a positive integer or None')),
-    'pool_mlp_ratio': (lambda x: x is None or _is_number(x) and x > 0, 'a positive number or None'),
-    'pos_std': (lambda x: _is_number(x, 0), 'a number, 0 or more'),
-    **dict.fromkeys(['n_registers', 'n_classes'], (lambda x: _is_int(x, 0), 'an integer, 0 or more')),
-    **dict.fromkeys(['dropout', 'drop_path'], (lambda x: _is_number(x, 0) and x < 1, 'a number in [0, 1)')),
-}
-
-def _check_field(name, value, kind):
-    "Raise an error if field `name` of `ViTConfig` can't have this value"
-    if name in CHOICES: good, want = value in CHOICES[name], 'one of ' + ', '.join(CHOICES[name])
-    else:
-        rule, want = _RULES[name if name in _RULES else kind]
-        good = rule(value)
-    if not good: raise ValueError(f"{name}={value!r} must be {want}")
-
-def _check_side(name, side, config):
-    "Raise an error if patches don't fill a side; the convolutional stem takes any"
-    p = config.patch_size
-    if side % p == 0 or config.stem == 'conv': return
-    sizes = sorted({side//p*p, -(-side//p)*p} - {0})
-    near = ' and '.join(map(str, sizes))
-    raise ValueError(f"{name}={side} is not divisible by patch_size={p}: the nearest sizes that are: {near}")
-
-# %% ../nbs/02_vit.ipynb #5a1cf202
-def _check_config(config):
-    "Check every field, then what they must have in common; two equal sides become one number"
-    c = config
-    for f in fields(c): _check_field(f.name, getattr(c, f.name), f.type)
-    h, w = c._sides
-    object.__setattr__(c, 'img_size', h if h == w else (h, w))
-    for side in (h, w): _check_side('img_size', side, c)
-    if c.dim % c.n_heads: raise ValueError(f"dim={c.dim} is not divisible by n_heads={c.n_heads}")
-    if c.positions == 'sincos2d' and c.dim % 4:
-        raise ValueError(f"dim={c.dim} must be divisible by 4 for positions='sincos2d'")
-    head_dim = c.dim//c.n_heads
-    if c.rotary != 'none' and head_dim % 4:
-        raise ValueError(f"rotary={c.rotary!r} needs heads whose width is divisible by 4; dim/n_heads is {head_dim}")
-    if c.dim % (c.pool_heads or 1): raise ValueError(f"dim={c.dim} is not divisible by pool_heads={c.pool_heads}")
-    if c.pool in ('cls', 'cls+mean') and c.cls_token is False:
-        raise ValueError(f"pool={c.pool!r} reads the class token, but cls_token=False: choose another pool")
-    if c.norm_after_pool and c.pooled_dim != c.dim:
-        raise ValueError(f"pool={c.pool!r} gives {c.pooled_dim} numbers, but a norm after pooling takes dim={c.dim}")
-    if c.pool == 'prefix' and not c.n_prefix:
-        raise ValueError("pool='prefix' reads the tokens in front, but there are none: choose another pool")
-
-def _config(values):
-    "A `ViTConfig` of a dict; a name that is no field raises an error"
-    known = [f.name for f in fields(ViTConfig)]
-    unknown = ', '.join(sorted(set(values) - set(known)))
-    if unknown: raise TypeError(f"ViTConfig has no field {unknown}; its fields: {', '.join(known)}")
-    return ViTConfig(**values)
-
 # %% ../nbs/02_vit.ipynb #20534096
 def resize_positions(
     pos: Tensor,                         # positions of a grid of patches `(1 h*w dim)`, row by row
@@ -414,6 +349,71 @@ def _grid(x, config):
     _check_side('image height', shape[2], c)
     _check_side('image width', shape[3], c)
     return -(-shape[2]//c.patch_size), -(-shape[3]//c.patch_size)
+
+# %% ../nbs/02_vit.ipynb #88da1ea1
+def _is_int(x, least): return isinstance(x, int) and not isinstance(x, bool) and least <= x < 2**31
+def _is_number(x, least=-1e38): return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x < 1e38
+def _is_size(x): return all(_is_int(v, 1) for v in (x if isinstance(x, (tuple, list)) and len(x) == 2 else [x]))
+
+_RULES = {    # by a field's name, or else by its type: is a value good, and what is expected?
+    int: (lambda x: _is_int(x, 1), 'a positive integer'),
+    bool: (lambda x: isinstance(x, bool), 'True or False'),
+    float: (lambda x: _is_number(x) and x > 0, 'a positive number'),
+    'img_size': (_is_size, 'a positive integer of pixels, or two: (height, width)'),
+    'cls_token': (lambda x: x is None or isinstance(x, bool), 'True, False or None'),
+    'layer_scale': (lambda x: x is None or _is_number(x), 'a number or None'),
+    **dict.fromkeys(['rotary_size', 'pool_heads'],
+                    (lambda x: x is None or _is_int(x, 1), 'a positive integer or None')),
+    'pool_mlp_ratio': (lambda x: x is None or _is_number(x) and x > 0, 'a positive number or None'),
+    'pos_std': (lambda x: _is_number(x, 0), 'a number, 0 or more'),
+    **dict.fromkeys(['n_registers', 'n_classes'], (lambda x: _is_int(x, 0), 'an integer, 0 or more')),
+    **dict.fromkeys(['dropout', 'drop_path'], (lambda x: _is_number(x, 0) and x < 1, 'a number in [0, 1)')),
+}
+
+def _check_field(name, value, kind):
+    "Raise an error if field `name` of `ViTConfig` can't have this value"
+    if name in CHOICES: good, want = value in CHOICES[name], 'one of ' + ', '.join(CHOICES[name])
+    else:
+        rule, want = _RULES[name if name in _RULES else kind]
+        good = rule(value)
+    if not good: raise ValueError(f"{name}={value!r} must be {want}")
+
+def _check_side(name, side, config):
+    "Raise an error if patches don't fill a side; the convolutional stem takes any"
+    p = config.patch_size
+    if side % p == 0 or config.stem == 'conv': return
+    sizes = sorted({side//p*p, -(-side//p)*p} - {0})
+    near = ' and '.join(map(str, sizes))
+    raise ValueError(f"{name}={side} is not divisible by patch_size={p}: the nearest sizes that are: {near}")
+
+# %% ../nbs/02_vit.ipynb #5a1cf202
+def _check_config(config):
+    "Check every field, then what they must have in common; two equal sides become one number"
+    c = config
+    for f in fields(c): _check_field(f.name, getattr(c, f.name), f.type)
+    h, w = c._sides
+    object.__setattr__(c, 'img_size', h if h == w else (h, w))
+    for side in (h, w): _check_side('img_size', side, c)
+    if c.dim % c.n_heads: raise ValueError(f"dim={c.dim} is not divisible by n_heads={c.n_heads}")
+    if c.positions == 'sincos2d' and c.dim % 4:
+        raise ValueError(f"dim={c.dim} must be divisible by 4 for positions='sincos2d'")
+    head_dim = c.dim//c.n_heads
+    if c.rotary != 'none' and head_dim % 4:
+        raise ValueError(f"rotary={c.rotary!r} needs heads whose width is divisible by 4; dim/n_heads is {head_dim}")
+    if c.dim % (c.pool_heads or 1): raise ValueError(f"dim={c.dim} is not divisible by pool_heads={c.pool_heads}")
+    if c.pool in ('cls', 'cls+mean') and c.cls_token is False:
+        raise ValueError(f"pool={c.pool!r} reads the class token, but cls_token=False: choose another pool")
+    if c.norm_after_pool and c.pooled_dim != c.dim:
+        raise ValueError(f"pool={c.pool!r} gives {c.pooled_dim} numbers, but a norm after pooling takes dim={c.dim}")
+    if c.pool == 'prefix' and not c.n_prefix:
+        raise ValueError("pool='prefix' reads the tokens in front, but there are none: choose another pool")
+
+def _config(values):
+    "A `ViTConfig` of a dict; a name that is no field raises an error"
+    known = [f.name for f in fields(ViTConfig)]
+    unknown = ', '.join(sorted(set(values) - set(known)))
+    if unknown: raise TypeError(f"ViTConfig has no field {unknown}; its fields: {', '.join(known)}")
+    return ViTConfig(**values)
 
 # %% ../nbs/02_vit.ipynb #bffb42f2
 SIZES = {        # dim, depth, heads, feed-forward width over dim       published in
