@@ -120,7 +120,20 @@ def test_what_files_hold(tmp_path):
     exif = Image.Exif()
     exif[274] = 6                                                        # the camera was held on its side
     Image.fromarray(np.rot90(pixels).copy()).save(tmp_path/'side.png', exif=exif)
-    assert (grey(tmp_path/'side.png')[0].numpy() == pixels).all()
+    for image in (tmp_path/'side.png', Image.open(tmp_path/'side.png'), open_image(tmp_path/'side.png')):
+        assert (grey(image)[0].numpy() == pixels).all()
+
+@pytest.mark.parametrize('mode, colour, seen', [
+    ('RGBA', (200, 0, 0, 0), [255]*3), ('RGBA', (50, 0, 0, 255), [100, 0, 0]), ('LA', (50, 0), [255]*3),
+    ('LA', (50, 255), [100]*3), ('RGBA', (50, 0, 0, 102), [193, 153, 153]), ('CMYK', (255, 255, 255, 0), [0]*3)])
+def test_the_range_of_values_leaves_transparency_alone(mode, colour, seen):
+    image = Image.new(mode, (2, 2), colour)
+    for value_range in [(0, 127.5)] + [(0, 255)]*(seen in ([255]*3, [0]*3)):
+        x = Preprocessing(2, HALF, HALF, value_range=value_range)(image)
+        assert x[:, 0, 0].tolist() == seen
+    clear = Image.new('P', (2, 2))
+    clear.info['transparency'] = 0
+    assert Preprocessing(2, HALF, HALF, value_range=(0, 255))(clear).unique().tolist() == [255]
 
 @pytest.mark.parametrize('kind, values, value_range', [('floats', np.float32([[0, 1], [0.5, 0.25]]), (0, 1)),
                                                        ('32-bit integers', np.int32([[0, 4095], [2048, 1024]]),

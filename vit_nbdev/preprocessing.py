@@ -219,8 +219,8 @@ def open_image(
             several = getattr(im, 'is_animated', False) and im.format != 'MPO'    # a camera's, with its preview
             if opened: opened(im)
             im.load()
-            upright = ImageOps.exif_transpose(im) if im.getexif().get(0x0112, 1) != 1 else im    # it always copies
-            upright.format, upright.filename = im.format, str(file)
+            upright = _upright(im)
+            upright.filename = str(file)
     except MemoryError: raise
     except Image.DecompressionBombError as e:
         raise ValueError(f"{file} has too many pixels to be read safely ({e}): make it smaller") from e
@@ -231,22 +231,30 @@ def open_image(
     if several: raise ValueError(f"{file} holds several pictures: save each that is meant as a file of its own")
     return upright
 
+def _upright(im):
+    "An image as its camera was held; if it says nothing of that, or no longer, the image itself"
+    if im.getexif().get(0x0112, 1) == 1: return im
+    upright = ImageOps.exif_transpose(im)       # without the note
+    upright.format = im.format
+    return upright
+
 UNREAD = ('.heic', '.heif', '.avif', '.svg', '.svgz', '.jxl', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raw')
 
 # %% ../nbs/02a_preprocessing.ipynb #5c9c1928
 def _in_channels(prep, image):
     "The image with 8 bits in one or three channels; transparent parts become white"
     if isinstance(image, np.ndarray): im, name = _of_array(image), 'the array'
-    elif isinstance(image, Image.Image): im, name = image, getattr(image, 'filename', '') or 'the image'
+    elif isinstance(image, Image.Image): im, name = _upright(image), getattr(image, 'filename', '') or 'the image'
     elif isinstance(image, (str, Path)): im, name = open_image(image), str(image)
     else: raise TypeError(f"got a {type(image).__name__}, expected an image file, a PIL image or a uint8 array (h w c)")
     if not all(im.size): raise ValueError(f"{name} has no pixels: {im.height} x {im.width}")
     if prep.in_chans not in (1, 3):
         raise ValueError(f"in_chans={prep.in_chans}: images are read as 1 channel (grey) or 3 (colour)")
-    if prep.value_range and im.mode in ('1', 'P', 'PA'): im = im.convert('RGB')      # these are numbers of colours
+    if im.mode[0] not in 'IF':
+        if 'A' in im.getbands() or 'transparency' in im.info: im = im.convert('RGBA')
+        elif prep.value_range and im.mode in ('1', 'P', 'CMYK', 'YCbCr', 'HSV'): im = im.convert('RGB')
     if im.mode[0] in 'IF' or prep.value_range: im = _eight_bits(im, prep.value_range, name)
-    elif 'A' in im.getbands() or 'transparency' in im.info:
-        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
+    if im.mode == 'RGBA': im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     mode = 'L' if prep.in_chans == 1 else 'RGB'
     try: return im if im.mode == mode else im.convert(mode)
     except ValueError as e: raise ValueError(f"{name} has colours of the kind {im.mode}: convert it to RGB") from e
@@ -271,6 +279,7 @@ def _eight_bits(im, value_range, name):
         value_range = (0, 65535)
     black, white = value_range
     pixels = (np.asarray(im, dtype=np.float64) - black)*(255/(white - black))
+    if im.mode == 'RGBA': pixels[..., 3] = np.asarray(im)[..., 3]      # how opaque it is, whatever the colours mean
     return Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0021
