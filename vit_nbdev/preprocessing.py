@@ -231,13 +231,6 @@ def open_image(
     if several: raise ValueError(f"{file} holds several pictures: save each that is meant as a file of its own")
     return upright
 
-def _upright(im):
-    "An image as its camera was held; if it says nothing of that, or no longer, the image itself"
-    if im.getexif().get(0x0112, 1) == 1: return im
-    upright = ImageOps.exif_transpose(im)       # without the note
-    upright.format = im.format
-    return upright
-
 UNREAD = ('.heic', '.heif', '.avif', '.svg', '.svgz', '.jxl', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raw')
 
 # %% ../nbs/02a_preprocessing.ipynb #5c9c1928
@@ -258,6 +251,13 @@ def _in_channels(prep, image):
     mode = 'L' if prep.in_chans == 1 else 'RGB'
     try: return im if im.mode == mode else im.convert(mode)
     except ValueError as e: raise ValueError(f"{name} has colours of the kind {im.mode}: convert it to RGB") from e
+
+def _upright(im):
+    "An image as its camera was held; if it says nothing of that, or no longer, the image itself"
+    if im.getexif().get(0x0112, 1) == 1: return im
+    upright = ImageOps.exif_transpose(im)       # without the note
+    upright.format = im.format
+    return upright
 
 def _of_array(a):
     "An array as an image: grey `(h w)`, or in colours, opaque or not"
