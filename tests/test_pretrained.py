@@ -1,7 +1,9 @@
 """Published weights: every format against the library it comes from, at its own and at another resolution; bad files"""
 import json, re, subprocess, sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +14,8 @@ from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.interpret import explore
 from vit_nbdev.pretrained import load_pretrained, to_timm, to_torchvision
 from vit_nbdev.vit import ViT, ViTConfig, vit, vit_config
+
+ROOT = Path(__file__).parents[1]
 
 both = pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 SMALL = dict(img_size=32, patch_size=8, num_classes=5, embed_dim=192, depth=2, num_heads=3)   # of timm's
@@ -1098,3 +1102,16 @@ def test_predict_explain_and_learn(name, pictures, tmp_path):
     learn.loss_func(learn.model(x), y).backward()
     learn.opt.step()
     assert (learn.model.head.weight != 0).any()          # with a head of zeros, no gradient passes it at first
+
+def test_weights_to_begin_with_have_the_sizes_that_chapter_05_says(monkeypatch):
+    timm = pytest.importorskip('timm', reason='needs timm, whose models are counted')
+    cells = json.loads((ROOT/'nbs'/'05_pretrained.ipynb').read_text(encoding='utf-8'))['cells']
+    cell = next(''.join(c['source']) for c in cells if c['id'] == 'begin002')
+    monkeypatch.chdir(ROOT/'nbs')
+    made = dict(pd=pd, torch=torch, vit=vit, test_eq=lambda a, b: None)
+    exec(cell, made)
+    for row in made['rows']:
+        with torch.device('meta'): theirs = timm.create_model(row['timm/...'])
+        numbers = sum(p.numel() for p in theirs.parameters())
+        assert row['million numbers'] == round(numbers/1e6, 1)
+        assert theirs.pretrained_cfg['input_size'] == (3, *[row['pixels']]*2)
