@@ -57,14 +57,14 @@ def test_finetune_trains_all_of_it(weights, pictures, capsys):
     assert predict(pictures.parent/'out', pictures/'dark'/'0.jpg')[0]['class'] in prep['labels']
     assert str(weights) in (pictures.parent/'out'/'report.html').read_text()
 
-def test_freeze_trains_the_head_alone(weights, pictures, capsys):
+def test_freeze_trains_the_head_alone(weights, pictures, capsys, no_pictures):
     before = load_model(weights)[0].state_dict()
     after, config = trained(pictures, pretrained=str(weights), freeze=True, lr=0.03, epochs=6)
     assert config['settings']['recipe'] == 'probe' and ', the head alone, ' in capsys.readouterr().out
     moved = {k for k in after if after[k].shape != before[k].shape or (after[k] != before[k]).any()}
     assert moved == {'encoder.norm.weight', 'encoder.norm.bias', 'head.weight', 'head.bias'}
 
-def test_the_head_first_and_then_all(weights, pictures, capsys, monkeypatch):
+def test_the_head_first_and_then_all(weights, pictures, capsys, monkeypatch, no_pictures):
     "The body's weights as they were, up to the epoch from which all are trained; also with an interruption in between"
     before, bodies = load_model(weights)[0].state_dict(), []
     def body(state): return {k: v.clone() for k, v in state.items() if k.startswith(('patch_embed', 'encoder.blocks'))}
@@ -84,7 +84,7 @@ def test_the_head_first_and_then_all(weights, pictures, capsys, monkeypatch):
     vit_train.__wrapped__(resume=again, device='cpu')
     assert all(torch.equal(x, whole[k]) for k, x in load_model(again)[0].state_dict().items())
 
-def test_the_weights_bring_their_size_and_preprocessing(weights, pictures):
+def test_the_weights_bring_their_size_and_preprocessing(weights, pictures, no_pictures):
     "Nothing said of the pictures: size, crop, interpolation and statistics are those of the weights, not the recipe's"
     _, config = trained(pictures, pretrained=str(weights), epochs=1)
     expected = replace(PREP, labels=('dark', 'light')).to_dict()
@@ -103,7 +103,7 @@ def test_folders_end_with_the_best_epoch(recipe, weights, pictures, capsys):
     assert f'kept    epoch {best} of 2, the best in validation' in capsys.readouterr().out
     assert f'Kept is epoch {best} of 2, the best in validation.' in (pictures.parent/'out'/'report.html').read_text()
 
-def test_layer_decay_reaches_the_optimizer(weights, pictures, monkeypatch):
+def test_layer_decay_reaches_the_optimizer(weights, pictures, monkeypatch, no_pictures):
     seen, fit = [], runs._fit
     def watch(learn, r, sync_bn):
         seconds = fit(learn, r, sync_bn)
@@ -115,7 +115,7 @@ def test_layer_decay_reaches_the_optimizer(weights, pictures, monkeypatch):
     assert wd == 0.25 and np.allclose(np.array(lrs[:-1])/np.array(lrs[1:]), 0.5)
     assert len(lrs) == load_model(weights)[0].config.depth + 2
 
-def test_a_size_and_a_way_of_resizing_of_ones_own(weights, pictures):
+def test_a_size_and_a_way_of_resizing_of_ones_own(weights, pictures, no_pictures):
     _, config = trained(pictures, pretrained=str(weights), img_size=32, resize='squash')
     prep = config['preprocessing']
     assert (prep['img_size'], prep['resize'], prep['crop_pct'], prep['mean']) == ([32, 32], 'squash', 1., [0.3]*3)
@@ -128,7 +128,7 @@ def test_streamed_training_from_scratch(pictures, capsys):
     assert len(list((pictures.parent/'out'/'samples').iterdir())) == config['n_test'] == 5
     assert (pictures.parent/'out'/'predictions.png').is_file() and (pictures.parent/'out'/'augmented.png').is_file()
 
-def test_a_file_that_turns_bad_in_training_is_named(pictures, capsys):
+def test_a_file_that_turns_bad_in_training_is_named(pictures, capsys, no_pictures):
     file = pictures/'dark'/'3.jpg'
     file.write_bytes(file.read_bytes()[:-600])
     with pytest.raises(SystemExit, match=f"^vit_train: {file} can't be read as an image: replace it or take it away$"):
@@ -257,7 +257,7 @@ def test_none_is_no_folder(pictures, monkeypatch):
     for none in ('none', 'None', Path('none')): assert runs._where(none) == 'none'
     assert runs._where('./none') == str(pictures.parent/'none') and runs._where(None) is None
 
-def test_resume_of_a_run_from_scratch(weights, pictures, monkeypatch):
+def test_resume_of_a_run_from_scratch(weights, pictures, monkeypatch, no_pictures):
     "It may be said once more that it has no weights, but not that it has some"
     out, run = str(pictures.parent/'out'), runs.EpochLines
     def stop(self):
@@ -270,11 +270,11 @@ def test_resume_of_a_run_from_scratch(weights, pictures, monkeypatch):
     vit_train.__wrapped__(resume=out, pretrained='none', device='cpu')
     assert json.loads((pictures.parent/'out'/'config.json').read_text())['settings']['pretrained'] == ''
 
-def test_no_hint_at_what_is_done(weights, pictures, capsys):
+def test_no_hint_at_what_is_done(weights, pictures, capsys, no_pictures):
     trained(pictures, recipe='folder', pretrained=str(weights), epochs=1)
     assert 'hint    ' not in capsys.readouterr().out
 
-def test_a_finetuned_run_is_resumed(weights, pictures, monkeypatch):
+def test_a_finetuned_run_is_resumed(weights, pictures, monkeypatch, no_pictures):
     whole, _ = trained(pictures, pretrained=str(weights), workers=0)
     part = pictures.parent/'again'
     def stop(self):

@@ -211,7 +211,7 @@ class Dies(Callback):
     def after_epoch(self):
         if self.epoch == self.at: raise Died('here')
 
-def test_the_best_epoch_is_kept(tmp_path):
+def test_the_best_epoch_is_kept(tmp_path, few_digits):
     "Also by a training that was interrupted after its best epoch; patience ends it, the same way both times"
     plain = fitted()
     scores = [[acc, -loss] for _, loss, acc in plain.recorder.values]
@@ -227,7 +227,7 @@ def test_the_best_epoch_is_kept(tmp_path):
     assert len(stopped.recorder.values) == first + 1 and stopped.keep_best.stopped
     assert stopped.validate()[1] == max(scores[:first])[0]
 
-def test_a_run_that_stops_early_says_so(tmp_path, capsys):
+def test_a_run_that_stops_early_says_so(tmp_path, capsys, few_digits, no_pictures):
     out = train(epochs=8, lr=0.05, early_stop=1, cutmix=0.5, rand_augment=3, seed=0, device='cpu', out=tmp_path/'run')
     config = json.loads((out/'config.json').read_text())
     rows = [[float(r['accuracy']), -float(r['valid_loss'])] for r in csv.DictReader((out/'metrics.csv').open())]
@@ -284,7 +284,7 @@ def test_the_probabilities_of_a_loader_are_means_of_the_views(run, several):
     plain, _ = class_probabilities(model, [(x, y)])
     assert (plain - expected).abs().max() > 1e-4
 
-def test_without_tta_nothing_is_said_of_it(tmp_path, capsys):
+def test_without_tta_nothing_is_said_of_it(tmp_path, capsys, few_digits):
     config = load_model(train(epochs=1, device='cpu', out=tmp_path/'run'))[1]
     assert 'tta_accuracy' not in config and 'views of each' not in capsys.readouterr().out
     assert 'views of each' not in (tmp_path/'run'/'report.html').read_text()
@@ -332,7 +332,7 @@ def wandb(monkeypatch):
     yield fake
     sys.modules.pop('fastai.callback.wandb', None)
 
-def test_wandb_hears_the_metrics_and_the_settings(wandb, tmp_path):
+def test_wandb_hears_the_metrics_and_the_settings(wandb, tmp_path, few_digits, no_pictures):
     train(epochs=2, bs=128, log='wandb', device='cpu', out=tmp_path/'run')
     rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
     assert [v['accuracy'] for v in wandb.logged if 'accuracy' in v] == [float(r['accuracy']) for r in rows]

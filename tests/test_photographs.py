@@ -293,7 +293,7 @@ def test_a_class_that_only_training_has_is_said(folder):
     dls = table_dls(broken(folder/'labels.csv', ['name,label,split', *rows]), img_size=8, bs=4, device='cpu')
     assert 'note: the valid split has no image of b' in fact_lines(describe(dls))
 
-def test_vit_train_on_a_table(folder, table, tmp_path, monkeypatch, capsys):
+def test_vit_train_on_a_table(folder, table, tmp_path, monkeypatch, capsys, no_pictures):
     "The run says what was understood, predicts, and goes on where it was stopped"
     monkeypatch.chdir(tmp_path)
     table = table.rename(tmp_path.parent/f'{tmp_path.name}.csv')
@@ -314,7 +314,7 @@ def test_vit_train_on_a_table(folder, table, tmp_path, monkeypatch, capsys):
         vit_train.__wrapped__(str(folder), columns='file,kind', device='cpu')
     with pytest.raises(SystemExit, match='there is no table nowhere.csv'): vit_train.__wrapped__('nowhere.csv')
 
-def test_a_run_on_a_table_goes_on(folder, table, tmp_path):
+def test_a_run_on_a_table_goes_on(folder, table, tmp_path, no_pictures):
     "Also where the table and the pictures have moved"
     (folder/'here').mkdir()
     for name in 'ab': (folder/name).rename(folder/'here'/name)
@@ -460,7 +460,7 @@ def test_what_is_no_cache(folder, tmp_path):
     with pytest.raises(ValueError, match='cache is for pictures that are streamed'):
         folder_dls(folder, stream=False, cache=cache)
 
-def test_vit_train_with_a_cache(folder, tmp_path, monkeypatch):
+def test_vit_train_with_a_cache(folder, tmp_path, monkeypatch, no_pictures):
     "A second run decodes no picture to train on"
     monkeypatch.chdir(tmp_path)
     how = dict(model='digits', img_size=48, bs=4, device='cpu', epochs=1, workers=0, cache='kept')

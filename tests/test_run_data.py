@@ -57,7 +57,7 @@ def test_a_run_says_and_keeps_what_it_understood(tmp_path, monkeypatch, capsys):
     assert f"<td>{results[0]['right']} of 4</td>" in page and f'balanced over the classes {percent(balanced)}' in page
 
 @pytest.mark.parametrize('name', ['digits', 'mnist', 'fashion_mnist'])
-def test_a_name_that_means_two_things_is_refused(name, tmp_path, monkeypatch):
+def test_a_name_that_means_two_things_is_refused(name, tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
     paint(tmp_path/name)
     with pytest.raises(SystemExit, match=f'{name} is a data set, and there is a folder .* ./{name} for the folder'):

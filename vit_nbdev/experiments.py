@@ -5,6 +5,7 @@ __all__ = ['Difference', 'paired', 'compare', 'read_trials', 'trials', 'baseline
 
 # %% ../nbs/04a_experiments.ipynb #e0ca96d3
 import json, re, time
+from bisect import bisect_left
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
@@ -158,5 +159,6 @@ def small_cnn(
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_classes))
     def size(width):
         with torch.device('meta'): return sum(p.numel() for p in build(width).parameters())
-    width = min(range(1, 1025), key=lambda width: abs(size(width) - n_params))
+    above = bisect_left(range(1, 1024), n_params, key=size) + 1       # the first that is large enough, if one is
+    width = min(range(max(above - 1, 1), above + 1), key=lambda width: abs(size(width) - n_params))
     return build(width)
