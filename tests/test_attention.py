@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from vit_nbdev.attention import (FusedAttention, MultiHeadAttention, causal_mask, padding_mask, plot_attention,
-                                 record_attention, scaled_dot_product_attention)
+from vit_nbdev.attention import (FusedAttention, MultiHeadAttention, attention_weights, causal_mask, padding_mask,
+                                 plot_attention, record_attention, scaled_dot_product_attention)
 
 settings.register_profile('here', deadline=None, max_examples=40, derandomize=True)
 settings.load_profile('here')
@@ -274,6 +274,9 @@ def test_bad_input():
     bad(TypeError, 'mask must be a tensor, got list', lambda: attn(x, mask=[True]))
     bad(ValueError, r'mask has shape \(4, 5\), which does not broadcast to the weights \(2, 2, 5, 5\)',
         lambda: attn(x, mask=torch.ones(4, 5, dtype=torch.bool)))
+    for mask in (torch.ones(5).bool(), torch.zeros(())):
+        bad(ValueError, r'mask has shape \(5?,?\), expected at least \(n, m\): mask\[None\]', lambda: attn(x, mask=mask))
+        bad(ValueError, r'expected at least \(n, m\)', lambda: attention_weights(x, x, mask))
     bad(ValueError, 'is its first size the batch or the heads',
         lambda: attn(x, mask=torch.ones(2, 5, 5, dtype=torch.bool)))
     q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)

@@ -1,6 +1,8 @@
 """Loaders, callbacks and checkpoints of a `ViTLearner`."""
 import os, time
+from copy import deepcopy
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
+from fastai.learner import Recorder
+from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastai.vision.all import ImageDataLoaders, Normalize, Resize
@@ -18,8 +22,8 @@ from PIL import Image
 from torch import nn
 
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
-from vit_nbdev.learner import (EMA, Checkpoint, Threads, _left_over, head_groups, load_checkpoint, normalise_as,
-                               vit_groups, vit_learner)
+from vit_nbdev.learner import (EMA, Checkpoint, HeadFirst, KeepBest, Threads, _judge, _left_over, adamw, head_groups,
+                               load_checkpoint, normalise_as, vit_groups, vit_learner, weighted_loss)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import load_model, save_model
@@ -253,6 +257,84 @@ def test_freeze_leaves_the_head_of_any_model(some_digits):
         assert sorted(id(p) for g in groups for p in g) == sorted(map(id, model.parameters()))
         learn.unfreeze()
         assert all(p.requires_grad for p in model.parameters())
+
+HEAD = {'encoder.norm.weight', 'encoder.norm.bias', 'head.weight', 'head.bias'}
+
+@pytest.mark.parametrize('cbs', [[], [HeadFirst(1)]])
+def test_a_frozen_batchnorm_keeps_its_statistics(cbs, some_digits):
+    learn = quick(some_digits(), *cbs, model=vit('digits', stem='conv', depth=1))
+    def moved():
+        before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        learn.fit(1)
+        return {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    if not cbs: learn.freeze()
+    assert moved() == HEAD
+    learn.remove_cbs(cbs)
+    learn.unfreeze()
+    assert moved() >= {f'patch_embed.convs.0.1.{k}' for k in ('weight', 'running_mean', 'num_batches_tracked')}
+
+def test_a_batchnorm_without_weights_has_statistics(some_digits):
+    norm = nn.BatchNorm1d(64, affine=False)
+    quick(some_digits(), model=nn.Sequential(nn.Flatten(), norm, nn.Linear(64, 10))).fit(1)
+    assert norm.num_batches_tracked > 0
+
+# --- which epoch is the best ---
+
+def perplexity(pred, y): return pred.mean()
+
+class Rows(Callback):
+    "Three epochs with a loss and a metric of our choice"
+    order = Recorder.order + 1
+    def after_epoch(self): self.recorder.values[-1][1:] = [(0.3, 0.5), (0.9, 0.1), (0.2, 0.4)][self.epoch]
+
+@pytest.mark.parametrize('metric, options, best', [
+    (accuracy, {}, 0), (accuracy, dict(monitor='valid_loss'), 2), (accuracy, dict(comp=np.less), 1),
+    (error_rate, {}, 2), (error_rate, dict(monitor='error_rate'), 1),
+    (perplexity, {}, 2), (perplexity, dict(monitor='perplexity', comp=np.less), 1),
+    (perplexity, dict(monitor='perplexity', comp=np.greater), 0), ([], {}, 2)])
+def test_the_best_epoch_by_whatever_is_asked(metric, options, best, some_digits):
+    learn = quick(some_digits(), KeepBest(**options), Rows(), model=vit('digits', depth=1), metrics=metric)
+    if metric == []: learn.rows.after_epoch = lambda: None
+    learn.fit(3)
+    losses = [row[1] for row in learn.recorder.values]
+    assert learn.keep_best.best == (best if metric != [] else losses.index(min(losses)))
+
+def test_the_best_epoch_is_judged_by_validation():
+    assert _judge(['train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy'], None, None) == ('valid_accuracy', 1)
+    with pytest.raises(ValueError, match="can't see acc: choose one of train_loss, valid_loss, f1_score$"):
+        _judge(['train_loss', 'valid_loss', 'f1_score', 'time'], 'acc', None)
+    with pytest.raises(ValueError, match=r'tell KeepBest whether perplexity is better when higher \(comp=np.greater\)'):
+        _judge(['train_loss', 'valid_loss', 'perplexity', 'time'], 'perplexity', None)
+
+# --- what is refused before training ---
+
+@pytest.mark.parametrize('value', [Path('here'), np.float32(0.5), [np.int64(1)], lambda: 0])
+def test_facts_that_no_checkpoint_holds(value, some_digits, tmp_path):
+    learn = quick(some_digits(), Checkpoint(tmp_path/'c.pt', facts=dict(fine=[1, 'a', None], where=value)))
+    with pytest.raises(TypeError, match="the fact 'where' can't be kept in a checkpoint"): learn.fit(1)
+    assert not list(tmp_path.iterdir()) and not learn.recorder.losses
+
+def test_a_class_without_an_image_has_no_weight():
+    images, y = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 2, 2, 2, 0])
+    dls = tensor_dls(*3*[(images, y)], vocab=['a', 'b', 'c', 'd'], device='cpu')
+    with pytest.raises(ValueError, match='none of b, d: add one, or leave the class out'): weighted_loss(dls)
+
+def test_the_optimiser_begins_anew_with_positions_of_another_shape():
+    "Their step is that of a fresh optimiser; all others go on"
+    model = vit('digits', depth=1)
+    nn.init.normal_(model.head.weight)
+    opt = adamw(vit_groups(model), lr=0.01)
+    def step(model, opt, side):
+        model(torch.linspace(-1, 1, 3*side*side).view(3, 1, side, side)).sin().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    for _ in range(2): step(model, opt, 8)
+    model.set_resolution(16)
+    other = deepcopy(model)
+    step(other, adamw(vit_groups(other), lr=0.01), 16)
+    step(model, opt, 16)
+    assert torch.equal(model.pos_embed, other.pos_embed) and not torch.equal(model.head.weight, other.head.weight)
+    assert opt.state[model.pos_embed]['step'] == 1 and opt.state[model.head.weight]['step'] == 3
 
 @pytest.mark.parametrize('changes', [{}, dict(pool='map', n_registers=3), dict(layer_scale=1e-5, pool='cls')])
 def test_summary_counts_every_parameter(changes, some_digits):

@@ -13,9 +13,9 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from vit_nbdev import runs
+from vit_nbdev import runs, serve
 from vit_nbdev.cli import vit_explain, vit_predict, vit_serve
-from vit_nbdev.data import digits_dls
+from vit_nbdev.data import digits_dls, folder_dls
 from vit_nbdev.learner import Checkpoint, KeepBest, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import (class_probabilities, explain, load_model, predict, predictions, save_model, train,
@@ -151,6 +151,22 @@ def test_the_page_answers_as_vit_predict_does(run, pictures):
             status, found = post(f'{at}/predict', file.read_bytes())
             assert status == 200 and dict(found['top']) == dict(zip(('dark', 'light'), p))
             assert found['top'][0][1] == max(p)
+
+def test_a_learner_answers(pictures):
+    "What its loaders say of an image is what is served"
+    learn = vit_learner(folder_dls(pictures, img_size=28, bs=8, device='cpu'), vit('mnist', in_chans=3, n_classes=2))
+    torch.nn.init.normal_(learn.model.head.weight)
+    file = pictures/'dark'/'01.png'
+    with serving(learn) as at: status, found = post(f'{at}/predict', file.read_bytes())
+    p = predict(learn, file, device='cpu')[0]['probabilities']
+    assert status == 200 and dict(found['top']) == dict(zip(('dark', 'light'), p))
+
+def test_the_second_gpu_stays_the_second(monkeypatch):
+    weight = types.SimpleNamespace(device=torch.device('cuda:1'))
+    model = types.SimpleNamespace(parameters=lambda: iter([weight]))
+    monkeypatch.setattr(serve, 'trained_model', lambda run: (model, None))
+    monkeypatch.setattr(serve, 'predict', lambda run, file, device: [dict(error=device, file='a file')])
+    assert serve.answer(model, b'') == dict(error='cuda:1')
 
 def test_what_a_server_refuses(run, pictures):
     with serving(run, max_mb=0.01) as at:

@@ -4,10 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vit_nbdev import runs
+from vit_nbdev.data import digits_dls
+from vit_nbdev.learner import vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import load_model, predict, save_model
 from vit_nbdev.vit import vit
@@ -131,6 +134,14 @@ def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch, no_pictures, few_digits):
     model, config = load_model(runs.train(epochs=1, precision='auto', device='cpu', out=tmp_path/'run'))
     assert seen >= {torch.bfloat16} and config['settings']['precision'] == 'bf16'
     assert {v.dtype for v in model.state_dict().values() if v.is_floating_point()} == {torch.float32}
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred'])
+def test_an_interruption_ends_bf16(event, few_digits):
+    "What is computed afterwards is computed in fp32"
+    def stop(_): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        vit_learner(digits_dls(device='cpu'), 'digits', cbs=[runs.CPUBF16(), Callback(**{event: stop})]).fit(1)
+    assert not torch.is_autocast_enabled('cpu')
 
 def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))

@@ -2,7 +2,7 @@
 import json
 import re
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import our_names
 from vit_nbdev.vit import CONFIGS, RESIZE, ViT, ViTConfig, resize_positions, vit, vit_config
 
@@ -244,6 +245,35 @@ def test_resolution_for_good_is_resolution_at_call_time(option):
     again = ViT(model.config).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), before)
+
+@every_option
+@pytest.mark.parametrize('assign', [False, True])
+def test_weights_that_are_loaded_into_an_empty_model(option, assign):
+    "Built without memory, then filled from a file: fixed positions are in no file"
+    model = build(option)
+    with torch.device('meta'): empty = ViT(model.config).eval()
+    if not assign:
+        empty.to_empty(device='cpu')
+        for x in empty.buffers(): x.fill_(77)          # what happens to be there
+    nn.Sequential(empty).load_state_dict(nn.Sequential(model).state_dict(), assign=assign)
+    x = images(model.config)
+    assert torch.equal(empty(x), model(x)) and torch.equal(deepcopy(empty)(x), model(x))
+
+@pytest.mark.parametrize('option', ['sincos2d', 'no positions'])
+def test_an_empty_model_gets_its_first_weights(option):
+    model = build(option)
+    places = model.pos_embed.clone()
+    model.to_empty(device='cpu').pos_embed.fill_(77)
+    model.init_weights()
+    assert torch.equal(model.pos_embed, places)
+
+@pytest.mark.parametrize('size', [None, (40, 36)])
+def test_resolution_of_the_preprocessing(size):
+    model = build('plain')
+    model.preprocessing = prep = Preprocessing(32, [0.5]*3, [0.5]*3, resize_size=size, labels=[*'abcde'])
+    model.set_resolution((64, 48))
+    expected = replace(prep, img_size=(64, 48), resize_size=size and (80, 54))
+    assert model.preprocessing == expected and not hasattr(build('plain').set_resolution(64), 'preprocessing')
 
 def test_resolution_keeps_the_optimiser_at_work():
     model = build('plain').train()

@@ -105,6 +105,9 @@ def _check_mask(mask, shape):
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask has dtype {mask.dtype}: use a boolean mask (True = may attend) or a float one that is "
                         "added to the scores; mask.bool() converts a mask of zeros and ones")
+    if mask.dim() < 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected at least (n, m): "
+                         "mask[None] is one row of keys for all queries")
     fits = mask.dim() <= len(shape) and all(a in (1, b) for a, b in zip(mask.shape[::-1], shape[::-1]))
     if fits: return
     raise ValueError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to the weights {tuple(shape)}")

@@ -8,8 +8,8 @@ __all__ = ['STEM', 'FINETUNE', 'RECIPES', 'FORMAT', 'vit_groups', 'AdamW', 'adam
            'save_atomic', 'load_checkpoint', 'Checkpoint', 'DealtDL', 'deal']
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
-import inspect, os, random, re, time, warnings
-from contextlib import contextmanager, suppress
+import inspect, io, os, pickle, random, re, time, warnings
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from numbers import Real
@@ -36,6 +36,7 @@ from fastcore.foundation import L
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adamw import adamw as torch_adamw
 
 from .preprocessing import Preprocessing
@@ -74,7 +75,8 @@ class AdamW(Optimizer):
         "Move `params`, which all decay by `wd`"
         for p in params:
             state, zeros = self.state[p], partial(torch.zeros_like, p, memory_format=torch.preserve_format)
-            if 'grad_avg' not in state: state |= dict(grad_avg=zeros(), sqr_avg=zeros(), step=0)
+            if 'grad_avg' not in state or state['grad_avg'].shape != p.shape:     # anew after `set_resolution`
+                state |= dict(grad_avg=zeros(), sqr_avg=zeros(), step=0)
             state['step'] = torch.as_tensor(state['step'], dtype=torch.float32, device=p.device)
         grad_avg, sqr_avg, step = ([self.state[p][k] for p in params] for k in ('grad_avg', 'sqr_avg', 'step'))
         fused = all(p.device.type in ('cpu', 'cuda') for p in params)
@@ -144,6 +146,15 @@ class ViTLearner(Learner):
             for self.epoch in range(self.first_epoch, self.n_epoch):
                 self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         finally: torch.set_num_threads(threads)          # after an error, too: see `Threads`
+
+    def all_batches(self):
+        if self.training:      # a frozen BatchNorm keeps its statistics, too: fastai's `BnFreeze` fails without weights
+            for m in self.model.modules():
+                if isinstance(m, _BatchNorm) and m.affine and not m.weight.requires_grad: m.eval()
+        super().all_batches()
+
+    def one_batch(self, i, b):
+        with ExitStack() as self.batch_stack: super().one_batch(i, b)     # left after an error, too: see `CPUBF16`
 
     def _do_one_batch(self):
         "As fastai's, but the model computes with plain tensors: types cost time at each operation"
@@ -356,20 +367,30 @@ class KeepBest(Callback):
     order = 64                     # after `EMA` has put into the model what is judged, before `Checkpoint` writes
     def __init__(self,
         patience: int = 0,         # epochs without a better one, after which training ends; 0: never
-    ): self.patience = patience
+        monitor: str|None = None,  # what is judged, by its name in the table; default: the first metric if it is known
+                                   # to be better when higher, as accuracy is, else `valid_loss`
+        comp=None,                 # `np.greater` where higher is better, `np.less` where lower; default: by the name
+    ): self.patience, self.monitor, self.comp = patience, monitor, comp
 
     def before_fit(self):
         self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
-        if not self.idle: self.score, self.best, self.last, self.weights, self.stopped = None, 0, 0, {}, False
+        if self.idle: return
+        self.names = list(self.recorder.metric_names[1:])
+        self.judge, self.sign = _judge(self.names, self.monitor, self.comp)
+        self.score, self.best, self.last, self.weights, self.stopped = None, 0, 0, {}, False
+        self.trained = False
 
     def before_epoch(self):
         self.stopped = not self.idle and 0 < self.patience <= self.last - self.best
         if self.stopped: raise CancelFitException      # only now, so that the last epoch was written down
 
+    def after_train(self): self.trained = True
+
     def after_epoch(self):
-        if self.idle: return
-        _, loss, *metrics = map(float, self.recorder.values[-1])
-        score, self.last = [*metrics[:1], -loss], self.epoch
+        if self.idle or not self.trained: return       # `validate` has epochs, too
+        self.trained = False
+        row = dict(zip(self.names, map(float, self.recorder.values[-1])))
+        score, self.last = [self.sign*row[self.judge], -row['valid_loss']], self.epoch
         if self.score is not None and not score > self.score: return
         self.score, self.best = score, self.epoch
         self.weights = {k: v.detach().clone() for k, v in get_model(self.learn.model).state_dict().items()}
@@ -385,6 +406,24 @@ class KeepBest(Callback):
             raise ValueError("the best weights are those of another model")
         self.score, self.best, self.last = list(map(float, state['score'])), int(state['best']), int(state['last'])
         self.weights = state['weights']
+
+def _is_better_higher(name):
+    "As far as a metric's name says: True, False or None"
+    if re.search('loss|error', name): return False
+    known = 'accuracy|auc|dice|f1|fbeta|jaccard|kappa|matthews|precision|r2|recall'
+    return True if re.search(known, name) else None
+
+def _judge(names, monitor, comp):
+    "The name that `KeepBest` looks at, and 1 where higher is better or -1"
+    if monitor is None:
+        metrics = [name for name in names if not name.startswith('train_') and name not in ('valid_loss', 'time')]
+        monitor = metrics[0] if metrics and _is_better_higher(metrics[0]) else 'valid_loss'
+    if not {'valid_loss', monitor} <= set(names):
+        raise ValueError(f"KeepBest can't see {monitor}: choose one of {', '.join(n for n in names if n != 'time')}")
+    higher = _is_better_higher(monitor) if comp is None else comp is np.greater
+    if higher is None:
+        raise ValueError(f"tell KeepBest whether {monitor} is better when higher (comp=np.greater) or lower (np.less)")
+    return monitor, 1 if higher else -1
 
 # %% ../nbs/04_learner.ipynb #d65316a0
 class HeadFirst(Callback):
@@ -408,6 +447,9 @@ def weighted_loss(
     "Cross-entropy in which each class of the training images counts the same, however many images it has"
     y = dls.train_ds.y.numpy()
     if y.ndim == 2: raise ValueError("class_weights needs one class an image: leave it out where there are several")
+    if missing := [str(label) for i, label in enumerate(dls.vocab) if i not in y]:
+        raise ValueError(f"class_weights needs a training image of each class, and there is none of "
+                         f"{', '.join(missing)}: add one, or leave the class out")
     weights = compute_class_weight('balanced', classes=np.arange(len(dls.vocab)), y=y)
     weights = torch.tensor(weights, dtype=torch.float32, device=dls.device)
     return CrossEntropyLossFlat(weight=weights, label_smoothing=label_smoothing)
@@ -590,6 +632,7 @@ class Checkpoint(Callback):
     def before_fit(self):
         self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
         if self.idle: return
+        _check_facts(self.facts)
         self.learn.first_epoch, self.fits = 0, [*self.done, self.n_epoch]     # `fine_tune` has two, of 1 and n epochs
         if self.file.exists(): self._go_on(load_checkpoint(self.file))
         self.start = time.perf_counter() - self.seconds
@@ -626,6 +669,18 @@ def _state(checkpoint, random_states):
                 fits=checkpoint.fits, seconds=checkpoint.seconds, random=random_states, recorder=recorder,
                 model=get_model(learn.model).state_dict(), opt=[{**opt.state[p]} for p, *_ in opt.all_params()],
                 parts={name: part.state_dict() for name, part in checkpoint.parts.items()})
+
+def _check_facts(facts):
+    "Refuse, before any training, what `load_checkpoint` could not read again"
+    for name, value in facts.items():
+        file = io.BytesIO()
+        try:
+            torch.save({name: value}, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (AttributeError, TypeError, pickle.PickleError) as e:
+            raise TypeError(f"the fact {name!r} can't be kept in a checkpoint ({type(value).__name__}): "
+                            "convert it to text, a number or a tensor, or to a list or dict of them") from e
 
 def _check_fits(checkpoint, state):
     "Refuse a state that belongs to another training"

@@ -757,13 +757,12 @@ def _precision(name, model, bs, device):
 
 # %% ../nbs/09_runs.ipynb #5c2632a2
 class CPUBF16(Callback):
-    "Mixed precision in bfloat16 on a CPU; fastai's own is for GPUs"
+    "Mixed precision of a `ViTLearner` in bfloat16 on a CPU; fastai's own is for GPUs"
     order = 10
     def before_batch(self):
-        self.autocast = torch.autocast('cpu', torch.bfloat16)
-        self.autocast.__enter__()
+        self.learn.batch_stack.enter_context(torch.autocast('cpu', torch.bfloat16))    # left after an error, too
     def after_pred(self): self.learn.pred = self.pred.float()
-    def after_loss(self): self.autocast.__exit__(None, None, None)
+    def after_loss(self): self.learn.batch_stack.close()
 
 def _check_compiler(device):
     "On a CPU `torch.compile` writes C++; OSError if nothing here translates it"

@@ -13,21 +13,22 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 
 from .interpret import fill_page
-from .runs import check_positive, get_device, predict, trained_model
+from .runs import check_positive, get_device, load_model, predict, trained_model
 
 # %% ../nbs/09b_serve.ipynb #838166d2
 def answer(
-    model,           # of `trained_model`
+    run,             # as in `server`, but no folder, which would be read each time
     data: bytes,     # the contents of an image file
     top: int = 5,    # how many classes are named
 ) -> dict:           # `top`, pairs of a class and its probability, the likeliest first; or `error`
     "What a model sees in the bytes of an image file"
+    model, prep = trained_model(run)
     with TemporaryDirectory() as folder:
         file = Path(folder)/'the picture'
         file.write_bytes(data)
-        result = predict(model, file, device=next(model.parameters()).device.type)[0]
+        result = predict(run, file, device=str(next(model.parameters()).device))[0]
     if 'error' in result: return dict(error=result['error'].replace(result['file'], 'the picture'))
-    labels, p = model.preprocessing.labels, result['probabilities']
+    labels, p = prep.labels, result['probabilities']
     order = sorted(range(len(p)), key=lambda i: -p[i])[:top]
     return dict(top=[(labels[i], p[i]) for i in order])
 
@@ -35,7 +36,7 @@ def answer(
 _SAFE = ("default-src 'none'; connect-src 'self'; img-src blob: data:; "
          "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
 
-def _handler(model, page, most):
+def _handler(run, page, most):
     "The class that answers requests; pictures of more than `most` bytes are refused"
     lock = Lock()
     class Handler(BaseHTTPRequestHandler):
@@ -59,7 +60,7 @@ def _handler(model, page, most):
             if int(length) > most:
                 return self.say(413, dict(error=f'the picture has more than {most/1e6:g} MB: make it smaller'))
             data = self.rfile.read(int(length))
-            with lock: facts = answer(model, data)
+            with lock: facts = answer(run, data)
             self.say(400 if 'error' in facts else 200, facts)
     return Handler
 
@@ -74,13 +75,15 @@ def server(
     "A web server with a page to drop pictures on"
     check_positive(max_mb=max_mb)
     if not 0 <= port < 2**16: raise ValueError(f"port is {port}, but must be from 0 to {2**16 - 1}")
-    model, prep = trained_model(run)
+    source = load_model(run)[0] if isinstance(run, (str, Path)) else run
+    model, prep = trained_model(source)
     if not prep.labels: raise ValueError("the model names no classes: give it some with vit_learner, and train")
     title = Path(run).name if isinstance(run, (str, Path)) else 'What does the model see?'
     n = len(prep.labels)
     about = f"A ViT that knows {n} classes: {', '.join(prep.labels[:10])}{', ...' if n > 10 else ''}"
     page = fill_page('serve.html', title=title, about=about).encode('utf-8', 'backslashreplace')
-    handler = _handler(model.to(get_device(device)), page, int(max_mb*1e6))
+    model.to(get_device(device))
+    handler = _handler(source, page, int(max_mb*1e6))
     try: return ThreadingHTTPServer((host, port), handler)
     except OSError as e:
         if e.errno == errno.EADDRINUSE: raise OSError(f"port {port} is taken: choose another (--port 0: any)") from e

@@ -243,9 +243,16 @@ def _add_positions(self: ViT):
     c = self.config
     self._n_slots = c.n_prefix if c.positions == 'learned' and c.prefix_positions else 0
     table = torch.zeros(1, self._n_slots + c.n_patches, c.dim)
-    if c.positions == 'sincos2d': table = sincos_2d(*c.grid, c.dim)[None]
     if c.positions == 'learned': self.pos_embed = nn.Parameter(table)
-    else: self.register_buffer('pos_embed', table, persistent=False)
+    else:
+        self.register_buffer('pos_embed', table, persistent=False)
+        self.register_load_state_dict_post_hook(_fix_positions)
+
+def _fix_positions(model, *_):
+    "Fixed positions are in no file: put them where the weights are"
+    c = model.config
+    table = sincos_2d(*c.grid, c.dim)[None] if c.positions == 'sincos2d' else torch.zeros(1, c.n_patches, c.dim)
+    model.pos_embed = table.to(model.cls_token)
 
 @patch
 def positions(self: ViT, h: int, w: int) -> Tensor:  # `(1 n_prefix+h*w dim)`
@@ -319,6 +326,7 @@ def init_weights(self: ViT):
         elif isinstance(m, AttentionPool): nn.init.normal_(m.probe, std=c.dim**-0.5)
         if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
     if c.positions == 'learned': nn.init.normal_(self.pos_embed, std=c.pos_std)
+    else: _fix_positions(self)
     for token in (self.cls_token, self.registers):    # with or without a position of its own, the sum has `pos_std`
         nn.init.normal_(token, std=0. if self._n_slots else c.pos_std)
     if c.n_classes: nn.init.zeros_(self.head.weight)
@@ -328,10 +336,13 @@ def init_weights(self: ViT):
 def set_resolution(self: ViT,
     img_size: int|tuple[int, int],  # side of the images to come, or (height, width)
 ) -> ViT:                           # the model itself, changed in place
-    "Stretch the positions for good, to go on training at another resolution"
+    "Stretch the positions for good, to go on training at another resolution; `preprocessing`, if there is one, follows"
     config = replace(self.config, img_size=img_size)
     self.pos_embed.data = self.positions(*config.grid)[:, self.n_prefix - self._n_slots:].clone()
     self.pos_embed.grad, self.config = None, config
+    if prep := getattr(self, 'preprocessing', None):
+        resized = [round(r*new/old) for r, new, old in zip(prep.resize_size or (), config._sides, prep.img_size)]
+        self.preprocessing = replace(prep, img_size=config._sides, resize_size=tuple(resized) or None)
     return self
 
 # %% ../nbs/02_vit.ipynb #4ffdcf6f
