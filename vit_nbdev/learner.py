@@ -375,10 +375,8 @@ class KeepBest(Callback):
     def before_fit(self):
         self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
         if self.idle: return
-        self.names = list(self.recorder.metric_names[1:])
-        self.judge, self.sign = _judge(self.names, self.monitor, self.comp)
-        self.score, self.best, self.last, self.weights, self.stopped = None, 0, 0, {}, False
-        self.trained = False
+        self.judge, self.sign = _judge(self.recorder.metric_names[1:], self.monitor, self.comp)
+        self.score, self.best, self.last, self.weights, self.stopped, self.trained = None, 0, 0, {}, False, False
 
     def before_epoch(self):
         self.stopped = not self.idle and 0 < self.patience <= self.last - self.best
@@ -389,7 +387,7 @@ class KeepBest(Callback):
     def after_epoch(self):
         if self.idle or not self.trained: return       # `validate` has epochs, too
         self.trained = False
-        row = dict(zip(self.names, map(float, self.recorder.values[-1])))
+        row = dict(zip(self.recorder.metric_names[1:], map(float, self.recorder.values[-1])))
         score, self.last = [self.sign*row[self.judge], -row['valid_loss']], self.epoch
         if self.score is not None and not score > self.score: return
         self.score, self.best = score, self.epoch
@@ -401,11 +399,14 @@ class KeepBest(Callback):
         self.weights = {}
 
     def state_dict(self): return dict(score=self.score, best=self.best, last=self.last, weights=self.weights)
-    def load_state_dict(self, state):
-        if get_model(self.learn.model).state_dict().keys() != state['weights'].keys():
-            raise ValueError("the best weights are those of another model")
-        self.score, self.best, self.last = list(map(float, state['score'])), int(state['best']), int(state['last'])
-        self.weights = state['weights']
+
+# %% ../nbs/04_learner.ipynb #kbst0001
+@patch
+def load_state_dict(self: KeepBest, state):
+    if get_model(self.learn.model).state_dict().keys() != state['weights'].keys():
+        raise ValueError("the best weights are those of another model")
+    self.score, self.best, self.last = list(map(float, state['score'])), int(state['best']), int(state['last'])
+    self.weights = state['weights']
 
 def _is_better_higher(name):
     "As far as a metric's name says: True, False or None"
@@ -653,7 +654,6 @@ class Checkpoint(Callback):
             random_states *= num_distrib()
             torch.distributed.all_gather_object(random_states, _random_states(self.dls))
         if not rank_distrib(): save_atomic(_state(self, random_states), self.file)
-
     def after_fit(self):
         if not self.idle: self.done, self.learn.first_epoch = self.fits, 0
 
