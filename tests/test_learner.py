@@ -290,7 +290,7 @@ class Rows(Callback):
 @pytest.mark.parametrize('metric, options, best', [
     (accuracy, {}, 0), (accuracy, dict(monitor='valid_loss'), 2), (accuracy, dict(comp=np.less), 1),
     (error_rate, {}, 2), (error_rate, dict(monitor='error_rate'), 1),
-    (perplexity, {}, 2), (perplexity, dict(monitor='perplexity', comp=np.less), 1),
+    (perplexity, {}, 2), (perplexity, dict(monitor='perplexity', comp=np.less), 1), (perplexity, dict(comp=np.less), 1),
     (perplexity, dict(monitor='perplexity', comp=np.greater), 0), ([], {}, 2)])
 def test_the_best_epoch_by_whatever_is_asked(metric, options, best, some_digits):
     learn = quick(some_digits(), KeepBest(**options), Rows(), model=vit('digits', depth=1), metrics=metric)

@@ -418,7 +418,7 @@ def _judge(names, monitor, comp):
     "The name that `KeepBest` looks at, and 1 where higher is better or -1"
     if monitor is None:
         metrics = [name for name in names if not name.startswith('train_') and name not in ('valid_loss', 'time')]
-        monitor = metrics[0] if metrics and _is_better_higher(metrics[0]) else 'valid_loss'
+        monitor = metrics[0] if metrics and (comp or _is_better_higher(metrics[0])) else 'valid_loss'
     if not {'valid_loss', monitor} <= set(names):
         raise ValueError(f"KeepBest can't see {monitor}: choose one of {', '.join(n for n in names if n != 'time')}")
     higher = _is_better_higher(monitor) if comp is None else comp is np.greater
