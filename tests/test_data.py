@@ -190,6 +190,19 @@ def test_images_are_known_by_name_or_content(tmp_path, monkeypatch):
                              'no image (.mp4)': 1, 'in no folder of a class': 1, 'a folder without images': 1}
     assert left_out_line(f['left_out']) in fact_lines(f)
 
+def test_runs_among_the_images_are_no_class(tmp_path):
+    "`vit_train --data .` writes to `runs/`: its drawings and samples are not trained on; a run that is asked for is read"
+    paint(tmp_path, 'a', 'b')
+    for run, file in (('one', 'model.safetensors'), ('two.part', 'checkpoint.pt')):
+        paint(tmp_path/'runs'/run, 'samples', n=3)
+        for name in ('config.json', file): (tmp_path/'runs'/run/name).write_text('')
+    paint(tmp_path/'a', 'x.part', n=1)
+    files, left_out = find_images(tmp_path)
+    assert Counter(f.relative_to(tmp_path).parts[0] for f in files) == dict(a=7, b=6)
+    assert left_out == {'a run of vit_train': [tmp_path/'runs'/'one', tmp_path/'runs'/'two.part']}
+    assert [c['name'] for c in facts(tmp_path)['classes']] == ['a', 'b']
+    assert len(find_images(tmp_path/'runs'/'one')[0]) == 3
+
 def test_links_count_once(tmp_path):
     "In a circle, upwards, to another class, to nothing; a linked folder or file elsewhere counts"
     data, store = tmp_path/'data', tmp_path/'store'

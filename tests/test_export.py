@@ -105,7 +105,10 @@ def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
     config = json.loads((run/'config.json').read_text())
     config['settings'] |= dict(path='/home/me/secret/pictures', pretrained='/home/me/weights')
     (run/'config.json').write_text(json.dumps(config))
+    (run/'README.md').unlink()
     push_to_hub(run, 'me/digits')
+    card = (hub/'me/digits/README.md').read_text()
+    assert '- pretrained: weights\n' in card and '/home/me' not in card
     settings = json.loads((hub/'me/digits/config.json').read_text())['settings']
     assert (settings['path'], settings['pretrained']) == ('pictures', 'weights')
 
@@ -127,7 +130,7 @@ def test_the_card_has_the_figures_of_the_run(run, hub):
 
 def test_a_run_that_was_never_tested_says_so(run, hub, tmp_path):
     model, _ = load_model(run)
-    save_model(model, tmp_path/'by hand', model.preprocessing, epochs=3, last_epoch=dict(accuracy=0.5))
+    save_model(model, tmp_path/'by hand', model.preprocessing, epochs=3, metrics=dict(accuracy=0.5))
     push_to_hub(tmp_path/'by hand', 'me/x')
     card = (hub/'me/x/README.md').read_text()
     assert 'Never tested. In the last of 3 epochs: accuracy 0.5000.' in card and 'model-index' not in card

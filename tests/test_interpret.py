@@ -1,5 +1,6 @@
 """Attention maps, what is made of them, and the page: against explicit attention in float64, on every kind of model."""
 import base64, html, json, math, re, shutil, subprocess, zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,16 @@ def test_relevance_of_frozen_and_checkpointed_models():
     model.requires_grad_(False)
     with torch.no_grad(): torch.testing.assert_close(relevance(model, x), expected)
     assert all(p.grad is None for p in model.parameters()) and not x.requires_grad
+
+def test_relevance_without_gradients_around_it():
+    "`torch.inference_mode`, whose tensors nothing can be derived from: the same maps, and the model stays as it is"
+    model = make(pool='cls', depth=1)
+    x, target = images(model), torch.tensor([1, 9, 0])
+    expected = heat_map(model, x), relevance(model, x, target), randomization_check(model, x)['embedding']
+    with torch.inference_mode():
+        x, target = x + 0, target + 0
+        found = heat_map(model, x), relevance(model, x, target), randomization_check(model, x)['embedding']
+    for a, b in zip(found, expected): torch.testing.assert_close(a, b)
 
 def test_relevance_depends_on_the_class_and_the_others_do_not():
     model = make(pool='cls')
@@ -375,6 +386,18 @@ def test_show_attention_says_what_it_shows():
         np.testing.assert_allclose(ax.images[0].get_array(), heat_map(model, x[:1], method)[0], atol=1e-6)
     assert show_attention(model, x[0], 'relevance', target=4).axes[0].get_title().startswith('4: ')
 
+def test_several_labels_are_independent():
+    "Above the image and on the page: each label's own probability, not its share among them"
+    model = make(pool='cls')
+    x = images(model, 1)
+    prep = replace(prep_of(x, 'abcdefghij'), several=True)
+    p, first = model(x).sigmoid()[0].max(0)
+    for said in (prep, prep.to_dict()):
+        title = show_attention(model, x[0], 'attention', preprocessing=said).axes[0].get_title()
+        assert title == f'{"abcdefghij"[first]}: {p:.1%}'
+        label, part = data_of(explore(model, x, preprocessing=said))['images'][0]['probs'][0]
+        assert label == 'abcdefghij'[first] and part == pytest.approx(p.item(), abs=1e-4)
+
 def test_colours_are_those_of_the_bar():
     "What is seen of a map is the colour that the bar gives its number: nothing shines through"
     from matplotlib import colormaps
@@ -465,6 +488,8 @@ BAD = [
     bad(lambda m: deletion_insertion(m, X, torch.rand(2, 4, 4), step=5), 'step=5 must divide the 16 patches'),
     bad(lambda m: explore(m, X, titles=['a']), 'there are 1 titles but 2 images'),
     bad(lambda m: explore(m, X[:0]), 'images are empty'),
+    bad(lambda m: heat_map(m, X[:0]), 'images are empty: give one or more'),
+    bad(lambda m: attention_maps(m, X[:0]), 'images are empty'),
     bad(lambda m: explore(m, X[0]), 'got one image of shape'),
     bad(lambda m: embedding_map(m, X, torch.zeros(2)), 'there are 2 images and 2 classes'),
     bad(lambda m: plot_patch_filters(m), "stem='conv'", stem='conv'),

@@ -20,6 +20,7 @@ from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.report import (all_right, balanced_accuracy, class_results, decided, draw_pictures, mean_f1, percent,
                               plot_augmented, plot_confusion, plot_mistakes, plot_predictions, surest_mistakes,
                               write_report)
+from vit_nbdev import runs
 from vit_nbdev.runs import predict, save_model
 from vit_nbdev.vit import vit
 
@@ -31,6 +32,12 @@ def paint(path, n=12, size=(28, 28)):
             pixels = np.random.default_rng(100*c + i).integers(256, size=size[::-1]).astype(np.uint8)
             Image.fromarray(pixels).save(path/name/f'{i}.png')
     return path
+
+def test_the_size_of_pictures_is_not_that_of_a_runs_drawings(tmp_path):
+    paint(tmp_path/'runs', 12, (640, 480))
+    for name in ('config.json', 'model.safetensors'): (tmp_path/'runs'/name).write_text('')
+    paint(tmp_path/'small', 2)
+    assert runs._side(tmp_path, None, None) == 28
 
 QUICK = dict(model='mnist', img_size=28, epochs=1, bs=4, device='cpu')
 

@@ -12,7 +12,7 @@ from vit_nbdev import runs
 from vit_nbdev.data import digits_dls
 from vit_nbdev.learner import vit_learner
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.runs import load_model, predict, save_model
+from vit_nbdev.runs import explain, load_model, predict, save_model
 from vit_nbdev.vit import vit
 
 LABELS = tuple('abcdefghij')
@@ -96,6 +96,22 @@ def test_what_predict_takes_and_refuses(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='an empty name is no image file'): predict(run, '')
     with pytest.raises(TypeError, match='got a Linear, expected a run folder'): predict(torch.nn.Linear(2, 2), pixels)
     with pytest.raises(ValueError, match='does not say how its images are prepared'): predict(vit('digits'), pixels)
+
+def test_predict_leaves_the_model_as_it_is(run, tmp_path, monkeypatch):
+    "Its modes, also each part's own, and its device: a GPU is for a model that was not given; dropout is off"
+    model, _ = load_model(run)
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8), dtype=np.uint8)
+    expected = predict(run, pixels, device='cpu')
+    Image.fromarray(pixels).save(tmp_path/'a.png')
+    for block in model.encoder.blocks: block.drop_path1 = torch.nn.Dropout(0.9)
+    model.train()
+    model.encoder.blocks[1].eval()
+    modes = [m.training for m in model.modules()]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert predict(model, pixels) == expected
+    explain(model, tmp_path/'a.png', tmp_path/'page.html')
+    assert [m.training for m in model.modules()] == modes
+    with pytest.raises(Exception, match='CUDA|NVIDIA'): predict(run, pixels)
 
 # --- precision and compiling ---
 

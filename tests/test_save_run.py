@@ -4,6 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import (AffineCoordTfm, ImageDataLoaders, MultiCategoryBlock, Normalize,
                                RandomResizedCrop, Resize, ResizeMethod, aug_transforms, load_learner)
@@ -12,7 +15,7 @@ from torch import nn
 from vit_nbdev import runs
 from vit_nbdev.cli import vit_predict
 from vit_nbdev.data import digits_dls
-from vit_nbdev.learner import vit_learner
+from vit_nbdev.learner import KeepBest, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.runs import explain, load_model, predict, save_run
 from vit_nbdev.vit import vit
@@ -42,7 +45,7 @@ def test_what_the_learner_says_the_folder_says(name, pictures, tmp_path, capsys)
     model, config = load_model(run)
     for field, value in said.items(): assert getattr(model.preprocessing, field) == pytest.approx(value)
     assert model.preprocessing.labels == ('dark', 'light') and config['epochs'] == 2
-    assert set(config['last_epoch']) == {'train_loss', 'valid_loss', 'accuracy'}
+    assert set(config['metrics']) == {'train_loss', 'valid_loss', 'accuracy'}
     for i in (0, 1):                                   # an oblong one, and a square one
         file = pictures/'light'/f'{i:02}.png'
         with learn.no_bar(): label, index, p = learn.predict(file)
@@ -63,6 +66,36 @@ def test_loaders_of_ours(tmp_path):
     learn = vit_learner(digits_dls(device='cpu'), 'digits')
     run = save_run(learn, tmp_path/'run')
     assert load_model(run)[0].preprocessing == learn.dls.preprocessing
+
+class Scores(Callback):
+    "An accuracy for each epoch, as it were"
+    order = 63
+    def __init__(self, scores): self.scores = scores
+    def after_epoch(self):
+        if len(self.recorder.values[-1]) == 3: self.recorder.values[-1][2] = self.scores[self.epoch]
+
+def recorded(learn, path): return load_model(save_run(learn, path, force=True))[1]
+
+def test_the_numbers_are_those_of_the_weights(tmp_path, few_digits):
+    "Of the last epoch, or of the one that `KeepBest` kept; whatever was validated or predicted in between"
+    dls = digits_dls(device='cpu')
+    learn = vit_learner(dls, vit('digits', depth=1), cbs=[KeepBest(), Scores([0.3, 0.9, 0.6])])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3)
+        row, before = learn.recorder.values[1], recorded(learn, tmp_path/'run')
+        assert before['metrics'] == dict(zip(('train_loss', 'valid_loss', 'accuracy'), row)) and row[2] == 0.9
+        assert (before['epochs'], before['best_epoch']) == (3, 2)
+        learn.validate()
+        learn.get_preds()
+        assert recorded(learn, tmp_path/'run') == before and learn.keep_best.best == 1
+    plain = Learner(dls, vit('digits', depth=1), learn.loss_func, metrics=accuracy)
+    with plain.no_bar(), plain.no_logging():
+        plain.fit(1)
+        found = recorded(plain, tmp_path/'run')
+        assert found['metrics']['accuracy'] == plain.recorder.values[0][2] and 'best_epoch' not in found
+        plain.validate()
+    found = recorded(plain, tmp_path/'run')
+    assert (found['epochs'], found['metrics']) == (0, {})       # fastai's own has forgotten them: nothing is said
 
 REFUSED = {
     'a border': (Resize(28, ResizeMethod.Pad), [], "can't hold what Resize does"),

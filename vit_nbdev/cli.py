@@ -250,11 +250,12 @@ def vit_predict(
 ):
     "Say what a model sees in each image, as soon as it has seen it"
     with plain_errors('vit_predict'):
-        from vit_nbdev.runs import check_positive, predictions
+        from vit_nbdev.runs import check_positive, get_device, predictions
         check_positive(top=top, bs=bs)
         files = {_table: csv and _free(csv, force, '.csv'), _vectors: features and _free(features, force, '.npz')}
         model = _source(run, pretrained)
-        results = predictions(model, images, bs=bs, device=device, workers=workers, features=bool(features), tta=tta)
+        results = predictions(model, images, bs=bs, device=get_device(device), workers=workers,
+                              features=bool(features), tta=tta)
         labels, bad, n = model.preprocessing.labels, 0, 0
         with ExitStack() as stack:
             write = [stack.enter_context(writer(file)) for writer, file in files.items() if file]
@@ -285,10 +286,10 @@ def vit_explain(
 ):
     "Write an HTML page that shows what a model attends to in each image"
     with plain_errors('vit_explain'):
-        from vit_nbdev.runs import check_positive, explain, image_files
+        from vit_nbdev.runs import check_positive, explain, get_device, image_files
         check_positive(max_mb=max_mb)
-        page = explain(_source(run, pretrained), images, out=out, force=force, device=device, target=target,
-                       overview=overview, max_mb=max_mb)
+        page = explain(_source(run, pretrained), images, out=out, force=force, device=get_device(device),
+                       target=target, overview=overview, max_mb=max_mb)
         size, n = page.stat().st_size/1000, len(image_files(images))
         shown = '1 image' if n == 1 else f'{n} images'
         print(f'{page} ({size:.0f} kB) shows {shown}: open it in a browser')

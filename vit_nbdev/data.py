@@ -444,6 +444,13 @@ def _no_image(path):
     except Exception: return f'no image ({suffix[:12] or "no extension"})'
 
 # %% ../nbs/03_data.ipynb #0bea5b9d
+_RUN_FILES = {'config.json', 'model.safetensors'}
+
+def _of_a_run(folder):
+    "Is this the folder of a training, finished or not? Its pictures are drawings and samples"
+    unfinished = folder.suffix == '.part' and (folder/'checkpoint.pt').is_file()
+    return unfinished or all((folder/name).is_file() for name in _RUN_FILES)
+
 def find_images(
     folder: str|Path,  # looked through with all folders in it
 ) -> tuple[list[Path], dict[str, list[Path]]]:  # images, sorted; and what does not count, by the reason
@@ -457,6 +464,7 @@ def find_images(
         seen.add(real)
         if why: left_out[why].append(path)
         elif not is_folder: files.append(path)
+        elif path != Path(folder) and _of_a_run(path): left_out['a run of vit_train'].append(path)
         else:
             for inside in sorted(path.iterdir()):
                 if inside.name.startswith('.'): left_out['hidden'].append(inside)

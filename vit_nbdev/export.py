@@ -131,8 +131,9 @@ def export(
 def _how_good(config):
     "The sentences about a run's accuracy"
     if 'test_accuracy' not in config:
-        said = ', '.join(f'{name} {value:.4f}' for name, value in config.get('last_epoch', {}).items())
-        return f"Never tested. In the last of {config.get('epochs', 0)} epochs: {said or 'nothing was recorded'}."
+        said = ', '.join(f'{name} {value:.4f}' for name, value in config.get('metrics', {}).items())
+        kept = f"epoch {config['best_epoch']} of" if 'best_epoch' in config else 'the last of'
+        return f"Never tested. In {kept} {config['epochs']} epochs: {said}." if said else 'Never tested.'
     n, accuracy = config['n_test'], config['test_accuracy']
     low, high = map(percent, wilson(round(accuracy*n), n))
     right, also = 'are classified rightly', f"mean of the classes is {percent(config.get('balanced_accuracy', 0))}"

@@ -76,6 +76,7 @@ def _images(x):
     "`x` as an ordinary tensor; fastai's kinds are tensors, too"
     if not isinstance(x, Tensor):
         raise TypeError(f"images are a {type(x).__name__}, expected a tensor (b, c, h, w), normalised as in training")
+    if not x.numel(): raise ValueError("images are empty: give one or more")
     return x.as_subclass(Tensor)
 
 def _one_image(image):
@@ -102,14 +103,14 @@ def _attention_steps(model, x, target):
     "Weights times the gradient of the score of `target`, one step `(b n m)` for each attention of the model"
     calls = []
     def keep(module, args, out): calls.append((*args, out))
-    with _evaluating(model), torch.enable_grad():
+    with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
         _grid(x, model.config)
         target = _targets(model, target, len(x))
         handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, FusedAttention)]
-        try: logits = model(x.detach().requires_grad_())
+        try: logits = model(x.detach().clone().requires_grad_())
         finally:
             for handle in handles: handle.remove()
-        if target is None: target = logits.argmax(dim=1)
+        target = logits.argmax(dim=1) if target is None else target.clone()
         score = logits.gather(1, target[:, None]).sum()     # the images do not see each other
         grads = torch.autograd.grad(score, [call[-1] for call in calls])
     with torch.no_grad(): return [_positive(*call, grad) for call, grad in zip(calls, grads)]
@@ -204,6 +205,11 @@ def _labels(model, preprocessing):
     prep = _preprocessing(preprocessing)
     return [str(name) for name in (prep and prep.labels or range(model.config.n_classes))]
 
+def _probabilities(logits, preprocessing):
+    "Of each class `(b n_classes)`, also where an image may have several"
+    prep = _preprocessing(preprocessing)
+    return logits.softmax(dim=1) if prep is None else prep.probabilities(logits)
+
 # %% ../nbs/06_interpret.ipynb #drawing1
 def new_figure(
     nrows: int = 1,  # of drawings
@@ -258,7 +264,7 @@ def show_attention(
     logits, labels, title = _record(model, x)[2], _labels(model, preprocessing), 'image'
     if labels:
         shown = logits.argmax().item() if target is None else _targets(model, target, 1).item()
-        title = f'{labels[shown]}: {logits.softmax(dim=1)[0, shown]:.1%}'
+        title = f'{labels[shown]}: {_probabilities(logits, preprocessing)[0, shown]:.1%}'
     height = size*x.shape[2]/x.shape[3] + 0.5
     fig, (axes,) = new_figure(1, 1 + len(methods), figsize=(size*(1 + 1.2*len(methods)), height))
     pixels = _pixels(x[0], preprocessing)
@@ -489,6 +495,7 @@ def _shuffle(module, generator):
         order = torch.randperm(p.numel(), generator=generator).to(p.device)
         p.copy_(p.flatten()[order].view_as(p))
 
+@torch.inference_mode(False)    # whose copies have no gradient
 def randomization_check(
     model: ViT,                 # any configuration; it is left as it is
     x: Tensor,                  # images `(b c h w)`, normalised as in training
@@ -553,7 +560,7 @@ def _page_facts(model, images, titles, preprocessing, compress):
     from matplotlib import colormaps
     maps, read, logits = (t.float() for t in _record(model, images))
     rolled, c, labels = attention_rollout(maps), model.config, _labels(model, preprocessing)
-    top = logits.softmax(dim=1).topk(min(5, len(labels)))
+    top = _probabilities(logits, preprocessing).topk(min(5, len(labels)))
     entries = []
     for i, title in enumerate(titles):
         probs = [[labels[k], round(p, 4)] for p, k in zip(top.values[i].tolist(), top.indices[i].tolist())]
@@ -597,7 +604,6 @@ def explore(
 ) -> Page:                              # the page as text
     "One HTML page that needs no network: point at a patch and see what it attends to, in every block and head"
     images = _images(images)
-    if not len(images): raise ValueError("images are empty: give one or more")
     if titles is None: titles = [f'image {i + 1}' for i in range(len(images))]
     if len(titles) != len(images): raise ValueError(f"there are {len(titles)} titles but {len(images)} images")
     page = Page(fill_page('explorer.html', facts=_page_facts(model, images, titles, preprocessing, compress)))

@@ -25,7 +25,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
-from fastai.learner import CancelEpochException, CancelFitException, Learner
+from fastai.learner import CancelEpochException, CancelFitException, Learner, Recorder
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import ActivationType, accuracy, accuracy_multi, skm_to_fastai
 from fastai.optimizer import Optimizer
@@ -33,6 +33,7 @@ from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.torch_core import get_model, to_detach
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
+from fastcore.xtras import ContextManagers
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
@@ -162,10 +163,23 @@ class ViTLearner(Learner):
         try: super()._do_one_batch()
         finally: self.xb = typed
 
+    def validation_context(self, cbs=None, inner=False):
+        "As fastai's, but what the last fit has recorded stays"
+        own = super().validation_context(cbs, inner)
+        return own if inner else ContextManagers([_record_kept(self), own])
+
     def freeze(self):
         super().freeze()
         if not self.opt.frozen_idx:
             warnings.warn("the model has one group of parameters, so nothing is frozen: pass a splitter")
+
+@contextmanager
+def _record_kept(learn):
+    "Afterwards `Recorder` and `KeepBest` hold what they held, although fastai validates as if it were a fit"
+    kept = [(cb, dict(vars(cb))) for cb in learn.cbs if isinstance(cb, (Recorder, KeepBest))]
+    try: yield
+    finally:
+        for cb, state in kept: vars(cb).update(state)
 
 # %% ../nbs/04_learner.ipynb #96a469e4
 @patch

@@ -9,7 +9,7 @@ __all__ = ['PICTURES', 'SETTINGS', 'wilson', 'percent', 'decided', 'all_right', 
            'settings_table', 'write_report']
 
 # %% ../nbs/08_report.ipynb #rep00003
-import base64, errno, math, re, warnings
+import base64, errno, math, os, re, warnings
 from functools import cache
 from pathlib import Path
 
@@ -331,8 +331,8 @@ def save_samples(folder: Path, images: Tensor, targets: Tensor, labels: list[str
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder/f'{i}-{label}.png')
 
 # %% ../nbs/08_report.ipynb #c8c8176a
-SETTINGS = ('delim', 'class_weights', 'resize', 'value_range', 'pretrained', 'freeze', 'freeze_epochs', 'layer_decay',
-            'stream')   # said if given
+SETTINGS = ('img_size', 'delim', 'class_weights', 'resize', 'value_range', 'pretrained', 'freeze', 'freeze_epochs',
+            'layer_decay', 'cutmix', 'early_stop', 'tta', 'stream', 'cache')   # said if given
 
 def settings_table(
     config: dict,  # the contents of a run's `config.json`
@@ -346,7 +346,8 @@ def settings_table(
              'mixup': 'mixup', 'clip': 'clip', 'augmentation': 'augment', 'erase': 'erase',
              'RandAugment': 'rand_augment', 'precision': 'precision', 'compiled': 'compile'}
     names |= {name.replace('_', ' '): name for name in SETTINGS if s.get(name)}
-    rows = {title: s[name] or 'off' for title, name in names.items()}
+    def said(value): return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value or 'off'
+    rows = {title: said(s[name]) for title, name in names.items()}
     rows |= {'augmentation': s['augment'] or 'as usual', 'changed in the model': changes or 'nothing',
              'seed': s['seed'], 'parameters': f"{config['parameters']:,}",
              'device': config['device'], 'processes': config['processes'],

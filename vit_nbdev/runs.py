@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 # the first to import fastai: it does so in silence
-from .data import (IMAGES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls,
+from .data import (IMAGES, _RUN_FILES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls,
                             find_images, folder_dls, mnist_dls, table_dls)
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
@@ -45,7 +45,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, five_crop, resize
 
 from . import __version__
-from .interpret import METHODS, explore, fill_page, show_attention
+from .interpret import METHODS, _evaluating, explore, fill_page, show_attention
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
 from .photographs import _readers
 from .preprocessing import Preprocessing, open_image
@@ -193,9 +193,12 @@ PHOTOGRAPH = 64   # pixels of a picture's shorter side from which on it is taken
 
 def _some_images(folder):
     "A few image files of a folder, without a look at all of them"
-    walk = islice(os.walk(folder, followlinks=True), 1000)
-    names = (Path(place)/name for place, _, names in walk for name in names)
-    return list(islice((f for f in names if f.suffix.lower() in IMAGES), 16)) or find_images(folder)[0][:16]
+    def outside_runs():
+        for place, folders, names in islice(os.walk(folder, followlinks=True), 1000):
+            if _RUN_FILES <= set(names): folders.clear()
+            else: yield from (Path(place)/name for name in names)
+    files = (f for f in outside_runs() if f.suffix.lower() in IMAGES)
+    return list(islice(files, 16)) or find_images(folder)[0][:16]
 
 def _side(data, pictures, columns):
     "The shorter side in pixels of a typical picture of a folder or a table, of up to 16; 0 if none can be read"
@@ -604,7 +607,7 @@ def load_model(
 # %% ../nbs/09_runs.ipynb #67d3510a
 def learner_preprocessing(
     learn: Learner,      # its model is a `ViT`
-) -> Preprocessing:
+) -> Preprocessing:      # fastai shows the colour under transparent pixels and turns no photo upright, this does not
     "How the loaders of a `Learner` prepare an image: ours say so, of fastai's it is read off the transforms"
     dls, c = learn.dls, learn.model.config
     named = getattr(dls.train_ds, 'loss_func', None)
@@ -642,11 +645,18 @@ def save_run(
     prep = preprocessing or learner_preprocessing(learn)
     if not prep.labels: prep = replace(prep, labels=tuple(str(name) for name in learn.dls.vocab))
     _check_pair(model.config, prep)
-    names, rows = ['train_loss', 'valid_loss', *learn.metrics.attrgot('name')], getattr(learn.recorder, 'values', [])
     with _run_folder(path, force, resume=False) as part:
-        last = dict(zip(names, map(float, rows[-1]))) if rows else {}
-        if not rank_distrib(): save_model(model, part, prep, epochs=len(rows), last_epoch=last)
+        if not rank_distrib(): save_model(model, part, prep, **_recorded(learn))
     return path
+
+def _recorded(learn):
+    "How many epochs the last fit had, and the numbers of the one whose weights the model has"
+    names = [name for name in getattr(learn.recorder, 'metric_names', [])[1:] if name != 'time']
+    rows = [row for row in getattr(learn.recorder, 'values', []) if len(row) == len(names)]   # not a validation's
+    best = getattr(getattr(learn, 'keep_best', None), 'best', None)
+    if not rows: return dict(epochs=0, metrics={})
+    facts = dict(epochs=len(rows), metrics=dict(zip(names, map(float, rows[-1 if best is None else best]))))
+    return facts if best is None else facts | dict(best_epoch=best + 1)
 
 # %% ../nbs/09_runs.ipynb #64c97603
 def views(
@@ -876,7 +886,7 @@ def train(
         seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
         facts = dict(settings=s, data=dls.facts)
         facts |= dict(device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1),
-                     images_per_second=round(len(dls.train_ds)*r.epochs/seconds, 1))
+                     images_per_second=round(len(dls.train_ds)*len(learn.recorder.values)/seconds, 1))
         if best := getattr(learn, 'keep_best', None):
             facts |= dict(best_epoch=best.best + 1, epochs_trained=best.last + 1)
             say(f"kept    epoch {best.best + 1} of {best.last + 1}, the best in validation")
@@ -915,7 +925,7 @@ def _images(images):
 
 def trained_model(
     run: str|Path|ViT|Learner,     # a run folder, a model of `load_model` or `load_pretrained`, or a `Learner`
-) -> tuple[ViT, Preprocessing]:    # the model, ready to predict, and what it expects of an image
+) -> tuple[ViT, Preprocessing]:    # the model, a given one as it is, and what it expects of an image
     "The model that is meant by `run`"
     if isinstance(run, (str, Path)): run = load_model(run)[0]
     model = run.model if isinstance(run, Learner) else run
@@ -926,7 +936,14 @@ def trained_model(
     if preprocessing is None:
         raise ValueError("the model does not say how its images are prepared: "
                          "set model.preprocessing = Preprocessing(...)")
-    return model.eval(), preprocessing
+    return model, preprocessing
+
+def _on(device, run):
+    "The model that is meant by `run`, on a device: by default where a given model is, and else as in `train`"
+    given = device is None and not isinstance(run, (str, Path))
+    device = None if given else get_device(device)
+    model, prep = trained_model(run)
+    return (model if given else model.to(device)), prep
 
 # %% ../nbs/09_runs.ipynb #run00013
 def _ahead(f, items, n, workers):
@@ -956,11 +973,12 @@ def _stream(model, prep, pairs, bs, workers, features, look):
 def _classify(model, prep, pixels, results, features, look):
     "Add to each of `results` what the model says of its `pixels` `(n c h w)`"
     seen, say = look(prep.normalise(pixels.to(next(model.parameters()).device))), model
-    if features:
-        seen, say = [model.pool(model.forward_features(x)) for x in seen], model.head
-        for result, row in zip(results, seen[0].float().cpu().numpy(), strict=True): result['features'] = row
-    if not model.config.n_classes: return
-    probabilities = torch.stack([prep.probabilities(say(x).float()) for x in seen]).mean(0)
+    with _evaluating(model):
+        if features:
+            seen, say = [model.pool(model.forward_features(x)) for x in seen], model.head
+            for result, row in zip(results, seen[0].float().cpu().numpy(), strict=True): result['features'] = row
+        if not model.config.n_classes: return
+        probabilities = torch.stack([prep.probabilities(say(x).float()) for x in seen]).mean(0)
     for result, p in zip(results, probabilities.cpu().tolist(), strict=True):
         index = max(range(len(p)), key=p.__getitem__)
         labels = prep.labels or list(map(str, range(len(p))))
@@ -970,18 +988,17 @@ def _classify(model, prep, pixels, results, features, look):
 # %% ../nbs/09_runs.ipynb #a505a3e5
 def _ready(run, images, device, features):
     "Model, preprocessing, and pairs of a name and an image; complains before any picture is read"
-    device = get_device(device)
-    model, prep = trained_model(run)
+    model, prep = _on(device, run)
     if not model.config.n_classes and not features:
         raise ValueError("the model computes features and names no classes: ask for them (--features, features=True), "
                          "or give it classes with vit_learner(dls, pretrained=...), and train")
-    return model.to(device), prep, _images(images)
+    return model, prep, _images(images)
 
 def predictions(
     run: str|Path|ViT|Learner,  # as in `trained_model`
     images: str|Path|list|Image.Image|np.ndarray,  # image files, folders of them, images; one or a list
     bs: int = 64,            # images that the model sees at a time
-    device: str|None = None, # as in `train`
+    device: str|None = None, # as in `train`; a given model stays where it is
     workers: int|None = None,  # threads that decode; default: one a core, 8 at most
     features: bool = False,  # add `features`: the vector that the head reads, as an array `(dim)`
     tta: bool = False,       # probabilities are the mean over several `views`, mirrored ones if the run had --flip
@@ -996,7 +1013,7 @@ def predict(
     run: str|Path|ViT|Learner,  # as in `trained_model`
     images: str|Path|list|Image.Image|np.ndarray,  # image files, folders of them, images; one or a list
     bs: int = 64,            # images that the model sees at a time
-    device: str|None = None, # as in `train`
+    device: str|None = None, # as in `train`; a given model stays where it is
     progress: bool = False,  # show a bar, on the error stream
     **kwargs,                # `workers`, `features` and `tta`, as in `predictions`
 ) -> list[dict]:             # as of `predictions`
@@ -1042,7 +1059,7 @@ def explain(
     images: str|Path|list,             # image files, or folders of them
     out: str|Path = 'attention.html',  # the page
     force: bool = False,               # replace `out` if it exists
-    device: str|None = None,           # as in `train`
+    device: str|None = None,           # as in `train`; a given model stays where it is
     target: str|int|None = None,       # in an overview: the class that relevance asks for; default: the predicted one
     overview: bool = False,            # a row an image, rather than every head; also if the page would be too large
     max_mb: float = 50,                # largest page, in millions of bytes
@@ -1053,10 +1070,9 @@ def explain(
         raise FileNotFoundError(f"there is no folder {out.parent} for {out.name}: make it, or choose another --out")
     if out.is_dir() or out.exists() and not force:
         raise FileExistsError(f"{out} exists: choose another --out, or --force to replace a page")
-    device = get_device(device)
-    model, prep = trained_model(run)
+    model, prep = _on(device, run)
     if target is not None: target = _class(prep, model.config.n_classes, target)
-    pairs, model = _images(images), model.to(device)
+    pairs = _images(images)
     if not pairs: raise ValueError("there is no image to explain: name files, or folders of images")
     overview = overview or target is not None or _page_bytes(model, len(pairs), False) > max_mb*1e6
     if overview and _page_bytes(model, len(pairs), True) > max_mb*1e6:
@@ -1064,7 +1080,7 @@ def explain(
         raise ValueError(f"{len(pairs):,} images would make a page of over {max_mb:g} MB: give {most} at most, "
                          "or raise --max_mb")
     if overview: page = _overview(model, prep, pairs, target)
-    else: x = prep.normalise(torch.stack([prep(f) for _, f in pairs]).to(device))
+    else: x = prep.normalise(torch.stack([prep(f) for _, f in pairs]).to(next(model.parameters()).device))
     with whole_file(out) as tmp:       # half a page never takes the place of a whole one
         if overview: tmp.write_text(page, encoding='utf-8', errors='backslashreplace')
         else: explore(model, x, tmp, prep, titles=[Path(name).name for name, _ in pairs])
