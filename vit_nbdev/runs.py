@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 # the first to import fastai: it does so in silence
-from .data import (IMAGES, _RUN_FILES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines, fashion_mnist_dls,
-                            find_images, folder_dls, mnist_dls, table_dls)
+from .data import (IMAGES, _RUN_FILES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines,
+                            fashion_mnist_dls, find_images, folder_dls, mnist_dls, table_dls)
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
@@ -923,6 +923,7 @@ def _images(images):
         else: pairs.append((f'image {i}', image))
     return pairs
 
+# %% ../nbs/09_runs.ipynb #bf7d9534
 def trained_model(
     run: str|Path|ViT|Learner,     # a run folder, a model of `load_model` or `load_pretrained`, or a `Learner`
 ) -> tuple[ViT, Preprocessing]:    # the model, a given one as it is, and what it expects of an image
