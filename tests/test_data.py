@@ -191,7 +191,7 @@ def test_images_are_known_by_name_or_content(tmp_path, monkeypatch):
     assert left_out_line(f['left_out']) in fact_lines(f)
 
 def test_runs_among_the_images_are_no_class(tmp_path):
-    "`vit_train --data .` writes to `runs/`: its drawings and samples are not trained on; a run that is asked for is read"
+    "`vit_train --data .` writes to `runs/`: its drawings are not trained on; a run that is asked for is read"
     paint(tmp_path, 'a', 'b')
     for run, file in (('one', 'model.safetensors'), ('two.part', 'checkpoint.pt')):
         paint(tmp_path/'runs'/run, 'samples', n=3)

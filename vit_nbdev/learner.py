@@ -173,10 +173,11 @@ class ViTLearner(Learner):
         if not self.opt.frozen_idx:
             warnings.warn("the model has one group of parameters, so nothing is frozen: pass a splitter")
 
+# %% ../nbs/04_learner.ipynb #a3f701cd
 @contextmanager
 def _record_kept(learn):
-    "Afterwards `Recorder` and `KeepBest` hold what they held, although fastai validates as if it were a fit"
-    kept = [(cb, dict(vars(cb))) for cb in learn.cbs if isinstance(cb, (Recorder, KeepBest))]
+    "Afterwards `Recorder` holds what it held, although fastai validates as if it were a fit"
+    kept = [(cb, dict(vars(cb))) for cb in learn.cbs if isinstance(cb, Recorder)]
     try: yield
     finally:
         for cb, state in kept: vars(cb).update(state)
