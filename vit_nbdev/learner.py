@@ -176,8 +176,9 @@ class ViTLearner(Learner):
 # %% ../nbs/04_learner.ipynb #a3f701cd
 @contextmanager
 def _record_kept(learn):
-    "Afterwards `Recorder` holds what it held, although fastai validates as if it were a fit"
-    kept = [(cb, dict(vars(cb))) for cb in learn.cbs if isinstance(cb, Recorder)]
+    "Afterwards `Recorder` and what is `of_the_fit` hold what they held, although fastai validates as if it were a fit"
+    kept = [(cb, dict(vars(cb))) for cb in learn.cbs
+            if isinstance(cb, Recorder) or hasattr(type(cb), 'of_the_fit')]
     try: yield
     finally:
         for cb, state in kept: vars(cb).update(state)
@@ -379,6 +380,7 @@ def _show(self: EMA, average: bool):
 # %% ../nbs/04_learner.ipynb #e4768dca
 class KeepBest(Callback):
     "End with the weights that were best in validation; stop after some epochs without a better one"
+    of_the_fit = True              # what was found stays when the learner validates
     order = 64                     # after `EMA` has put into the model what is judged, before `Checkpoint` writes
     def __init__(self,
         patience: int = 0,         # epochs without a better one, after which training ends; 0: never
