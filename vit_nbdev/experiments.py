@@ -37,15 +37,16 @@ def paired(
     a,                         # one number for each seed or split
     b,                         # the same seeds or splits, in the same order
     confidence: float = 0.95,  # with which the interval holds the true mean difference
+    overlap: float = 0.,       # test images over training images, where the pairs are random splits of one set
 ) -> Difference:               # of `a` above `b`
-    "Student's interval for the mean difference of pairs (Student 1908)"
+    "Student's interval for the mean difference of pairs (Student 1908), corrected for overlap (Nadeau and Bengio 2003)"
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"pairs need two lists of one length, got {a.shape} and {b.shape}")
     if len(a) < 2: raise ValueError("one pair has no spread: train with more seeds")
     if not np.isfinite([a, b]).all(): raise ValueError("some of the numbers are not finite")
     n, d = len(a), a - b
-    error = d.std(ddof=1)/n**0.5
+    error = d.std(ddof=1)*(1/n + overlap)**0.5
     quantile = student.ppf(0.5 + confidence/2, n - 1)
     half, mean = quantile*error, d.mean()
     return Difference(mean, mean - half, mean + half, n, (quantile + student.ppf(0.8, n - 1))*error)
@@ -57,6 +58,7 @@ def compare(
     value: str = 'accuracy',  # the column of the results
     by: str = 'name',         # the column of the setting's name
     pair: str = 'seed',       # the column that says which rows belong together
+    overlap: float = 0.,      # of `paired`
 ) -> pd.DataFrame:            # a row a setting; ± is the standard deviation over the seeds
     "Each setting's mean, and its paired difference to `to`"
     table = runs.pivot(index=pair, columns=by, values=value)
@@ -68,7 +70,7 @@ def compare(
         row = rows[name] = {value: f'{table[name].mean():.2f}{spread}', 'n': n}
         both = table[[name, to]].dropna() if name != to else []
         if len(both) < 2: continue
-        d = paired(both[name], both[to])
+        d = paired(both[name], both[to], overlap=overlap)
         row |= {'difference': f'{d.mean:+.2f}', '95 % interval': f'{d.low:+.2f} to {d.high:+.2f}',
                 'detectable': f'{d.detectable:.2f}', 'verdict': d.verdict}
     return pd.DataFrame(rows).T.fillna('')
@@ -92,7 +94,8 @@ def _describe(x):
     "A setting as text that is the same whenever the setting is; of a dataclass what differs from its defaults"
     if is_dataclass(x): x = {f.name: getattr(x, f.name) for f in fields(x) if getattr(x, f.name) != f.default}
     if isinstance(x, dict):
-        return '{' + ', '.join(f'{k}: {_describe(v)}' for k, v in sorted(x.items()) if v != {}) + '}'
+        return '{' + ', '.join(f'{k}: {_describe(v)}' for k, v in sorted(x.items())
+                               if not isinstance(v, dict) or v) + '}'
     if isinstance(x, (list, tuple)): return '[' + ', '.join(map(_describe, x)) + ']'
     return re.sub(r' at 0x[0-9a-f]+', '', str(x))
 
