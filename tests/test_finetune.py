@@ -92,6 +92,15 @@ def test_the_weights_bring_their_size_and_preprocessing(weights, pictures, no_pi
     assert json.loads(json.dumps(expected)) == config['preprocessing']
     assert config['model']['img_size'] == 16 and RECIPES['finetune'].model == 'S/16'
 
+def test_few_images_are_fine_tuned_for_a_number_of_steps(weights, pictures, monkeypatch, capsys):
+    "Unless the epochs are named; the probe keeps those of its recipe"
+    monkeypatch.setattr('vit_nbdev.runs.FEWEST_STEPS', 34)
+    monkeypatch.setitem(RECIPES, 'probe', replace(RECIPES['probe'], epochs=1))
+    for kwargs, expected in ((dict(epochs=None), 17), (dict(epochs=3), 3), (dict(epochs=None, freeze=True), 1)):
+        _, config = trained(pictures, pretrained=str(weights), force=True, **kwargs)
+        assert f'{expected} epochs of 2 batches of 8' in capsys.readouterr().out
+        assert config['settings']['epochs'] == config['epochs_trained'] == expected
+
 @pytest.mark.parametrize('recipe', ['folder', 'finetune', 'probe'])
 def test_folders_end_with_the_best_epoch(recipe, weights, pictures, capsys):
     "... and each report says which it was; here the first is as good as any other, because nothing is learned"
@@ -205,7 +214,7 @@ def test_what_photographs_begin_with(name, table, weights, pictures, monkeypatch
         (pictures/'table.csv').write_text('\n'.join(['name,label', *rows]))
         data = str(pictures/'table.csv')
     seen = {}
-    def stop(settings, device, part):
+    def stop(settings, *_):
         seen.update(settings)
         raise InterruptedError
     monkeypatch.setattr(runs, '_prepare', stop)

@@ -42,3 +42,12 @@ def test_results_page():
             kind = 'text/markdown' if 'text' in output else 'text/html'
             part = output['text'] if 'text' in output else output['data'].get('text/html', '')
             assert any(text(part) in text(d.get(kind, '')) for d in shown), f'{caption}: run nbs/results.ipynb again'
+
+@pytest.mark.parametrize('ledger', sorted((ROOT/'nbs'/'studies').glob('*.jsonl')), ids=lambda p: p.name)
+def test_ledger(ledger):
+    "Each training tells its setting, one for each name, so that `trials` can refuse another under that name"
+    from vit_nbdev.experiments import read_trials
+    runs = read_trials(ledger)
+    assert runs.setting.map(type).eq(str).all()
+    assert runs.groupby('name').setting.nunique().eq(1).all()
+    assert not runs.duplicated(['name', 'seed']).any()

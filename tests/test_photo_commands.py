@@ -302,7 +302,9 @@ def test_the_probabilities_of_a_loader_are_means_of_the_views(run, several):
     look = partial(views, mirror=True)
     probs, targets = class_probabilities(model, [(x[:4], y[:4]), (x[4:], y[4:])], look)
     assert torch.allclose(probs, expected, atol=1e-6) and torch.equal(targets, y)
+    model.train(), model.head.eval()                       # each part is in its mode afterwards
     plain, _ = class_probabilities(model, [(x, y)])
+    assert model.training and model.encoder.training and not model.head.training
     assert (plain - expected).abs().max() > 1e-4
 
 def test_without_tta_nothing_is_said_of_it(tmp_path, capsys, few_digits):

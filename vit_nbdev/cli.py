@@ -140,7 +140,7 @@ def vit_train(
     cache:str=None,       # a folder in which decoded pictures are kept for later epochs and runs; implies --stream
     recipe:str=None,      # digits, mnist-quick, mnist, fashion_mnist, cifar10, folder, photos, finetune or probe
     model:str=None,       # size of the model: digits, mnist, cifar, photos, Ti/16, S/16, ... (default: the recipe's)
-    epochs:int=None,      # how often each training image is seen (default: the recipe's)
+    epochs:int=None,      # how often each training image is seen (default: the recipe's; fine-tuned: 120 steps or more)
     bs:int=None,          # images in a batch, over all processes (default: the recipe's)
     lr:float=None,        # highest learning rate (default: the recipe's)
     seed:int=None,        # of the weights, the order of the images and their augmentation (default: 0)

@@ -6,8 +6,11 @@ __all__ = ['Difference', 'paired', 'compare', 'read_trials', 'trials', 'baseline
 # %% ../nbs/04a_experiments.ipynb #e0ca96d3
 import json, re, time
 from bisect import bisect_left
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
+from numbers import Number
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 
 import numpy as np
 import pandas as pd
@@ -90,13 +93,22 @@ def read_trials(
         found.append(row)
     return pd.DataFrame(found, columns=None if found else ['name', 'seed'])
 
+# %% ../nbs/04a_experiments.ipynb #describe
 def _describe(x):
     "A setting as text that is the same whenever the setting is; of a dataclass what differs from its defaults"
-    if is_dataclass(x): x = {f.name: getattr(x, f.name) for f in fields(x) if getattr(x, f.name) != f.default}
-    if isinstance(x, dict):
-        return '{' + ', '.join(f'{k}: {_describe(v)}' for k, v in sorted(x.items())
-                               if not isinstance(v, dict) or v) + '}'
+    if is_dataclass(x) and not isinstance(x, type):
+        plain = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(x)}
+        x = {name: getattr(x, name) for name in plain if getattr(x, name) != plain[name]}
+    if isinstance(x, dict): return '{' + ', '.join(f'{k}: {_describe(v)}' for k, v in sorted(x.items())) + '}'
     if isinstance(x, (list, tuple)): return '[' + ', '.join(map(_describe, x)) + ']'
+    if isinstance(x, partial):
+        given = [*map(_describe, x.args), *(f'{k}={_describe(v)}' for k, v in sorted(x.keywords.items()))]
+        return f'{_describe(x.func)}({", ".join(given)})'
+    plain = (str, Number, Path, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
+    if not isinstance(x, plain) or getattr(x, '__name__', '') == '<lambda>':
+        name = 'lambda' if isinstance(x, FunctionType) else type(x).__name__
+        raise TypeError(f"a {name} does not say what it was made with, so a changed one would not be noticed: "
+                        "put a number, a name or functools.partial into the setting, and make the object in `train`")
     return re.sub(r' at 0x[0-9a-f]+', '', str(x))
 
 # %% ../nbs/04a_experiments.ipynb #49f4c6aa
@@ -110,8 +122,12 @@ def trials(
     "Train each setting with each seed, except for what `file` holds already"
     from joblib import Parallel, delayed
     known, now = read_trials(file), {name: _describe(setting) for name, setting in settings.items()}
-    for name, then in zip(known.name, known.get('setting', ())):
-        if isinstance(then, str) and now.get(name, then) != then:
+    for name, then in zip(known.name, known.get('setting', [None]*len(known))):
+        if name not in now: continue
+        if not isinstance(then, str):
+            raise ValueError(f"{file} has {name!r} without its setting: delete the line, or, if you are sure that "
+                             f'it is this one, add "setting": {json.dumps(now[name])} to it')
+        if now[name] != then:
             raise ValueError(f"{file} has {name!r} with other settings: give the new ones another name\n"
                              f"then: {then}\nnow:  {now[name]}")
     def one(name, seed):

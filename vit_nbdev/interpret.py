@@ -35,8 +35,15 @@ def _record(model, x, layer=None, reduce=None):
         _grid(x, model.config)
         pool = ['attn_pool.attn']*(model.config.pool == 'map')
         names = None if layer is None else [f'encoder.blocks.{layer}.attn', *pool]
-        with record_attention(model, names, reduce) as weights: logits = model(x)
-    maps = torch.stack([w for name, w in weights.items() if name.startswith('encoder.')], dim=1)
+        maps, done, depth = None, 0, 1 if layer is not None else len(model.encoder.blocks)
+        def keep(w):      # into its place at once: a stack of all would hold them twice
+            nonlocal maps, done
+            if reduce is not None: w = reduce(w)
+            if done == depth: return w                # what the attention pool attends to
+            if maps is None: maps = w.new_empty(len(w), depth, *w.shape[1:])
+            maps[:, done] = w
+            done += 1
+        with record_attention(model, names, keep) as weights: logits = model(x)
     read = _reads(model, maps[0, 0, 0, 0]).repeat(len(x), 1)
     if model.config.pool == 'map': read[:, _asked(model)] = weights['attn_pool.attn'][:, :, 0].mean(dim=1)
     return maps, read, logits

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
-from .transformer import sincos_2d
-from .vit import ViT, ViTConfig, _is_int, _is_number, resize_positions
+from .vit import ViT, ViTConfig, _fix_positions, _is_int, _is_number, resize_positions
 
 # %% ../nbs/05_pretrained.ipynb #185e47fe
 def _blocks(theirs, names):
@@ -387,8 +386,7 @@ def _build(config, w):
         for table, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor.detach)):
             for name in table:
                 if (x := w.get(f'{path}.{name}' if path else name)) is not None: table[name] = kind(x)
-    if config.positions == 'none': model.pos_embed = torch.zeros(1, config.n_patches, config.dim)
-    if config.positions == 'sincos2d': model.pos_embed = sincos_2d(*config.grid, config.dim)[None]
+    if config.positions != 'learned': _fix_positions(model)
     return model
 
 # %% ../nbs/05_pretrained.ipynb #90e9c0e9
