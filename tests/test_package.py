@@ -8,7 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TRAIN = '''
-import sys, fastcore, fastai
+import os, random, signal, sys, warnings
+import accelerate, fastai.vision.all, fastcore, torch      # what these change is theirs
+def switches():
+    "What an import could change for the whole process"
+    numbers = [getattr(torch, name)() for name in ("get_num_threads", "get_num_interop_threads", "get_default_dtype",
+               "get_float32_matmul_precision", "are_deterministic_algorithms_enabled", "initial_seed")]
+    return numbers, random.getstate(), signal.getsignal(signal.SIGINT), dict(os.environ), warnings.filters[:]
+before = switches()
+import vit_nbdev.cli, vit_nbdev.export, vit_nbdev.serve, vit_nbdev.diagnose
+assert switches() == before, "importing the library changed a switch"
 from vit_nbdev.runs import train, predict
 run = train(epochs=1, device="cpu", out=sys.argv[1])
 files = sorted((run/"samples").glob("*.png"))
