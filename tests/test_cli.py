@@ -52,6 +52,26 @@ def test_train_leaves_a_whole_run(trained):
         # something is drawn
         with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10
 
+def study(name): return read_trials(ROOT/'nbs'/'studies'/f'{name}.jsonl')
+
+def beside(recipe):
+    "What the ledgers have for the cheapest methods on the same images"
+    cheap, small = study('other_images').rename(columns=dict(test='accuracy')), study('fine_tuning')
+    machine, net = 'support vector machine (RBF)', 'a small CNN'
+    rows = {'digits': [('baselines', f'digits, {machine}'), ('baselines', 'digits, CNN')],
+            'mnist-quick': [('baselines', f'mnist, {machine}'), ('baselines', 'mnist, four epochs, CNN')],
+            'mnist': [('baselines', f'mnist, {machine}')], 'fashion_mnist': [('other', f'fashion_mnist, {machine}')],
+            'cifar10': [('other', f'cifar10, {machine}')]}
+    rows |= dict.fromkeys(('folder', 'photos'), [('few', 'CNN, 100, 32 epochs')])
+    rows |= dict.fromkeys(('finetune', 'probe'), [('few', 'CNN, 300, 64 epochs')])
+    ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []
+    for ledger, name in rows[recipe]:
+        found = ledgers[ledger][lambda r: r.name == name].accuracy
+        spread = f' ± {found.std():.2f}' if len(found) > 1 else ''
+        what = 'a support vector machine' if machine in name else net
+        parts.append(f'{what} {found.mean():.2f}{spread} %' + ' (10,000 of the images)'*(recipe == 'cifar10'))
+    return '; beside it ' + ', '.join(parts)
+
 def test_recipes_say_what_was_measured():
     "The figures in `RECIPES` are those that a notebook printed, or that its study wrote down"
     cells = json.loads((ROOT/'nbs'/'09_runs.ipynb').read_text(encoding='utf-8'))['cells']
@@ -62,27 +82,26 @@ def test_recipes_say_what_was_measured():
     accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
     assert len(accuracies) == 3 and set(epochs) == {quick.epochs}
     accuracy = f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} %'
-    assert quick.measured == f'{accuracy} (3 seeds), {seconds.mean():.0f} s on two CPU cores'
-    digits = read_trials(ROOT/'nbs'/'studies'/'baselines.jsonl').query('name == "digits, ViT of vit_train"')
+    assert quick.measured == f'{accuracy} (3 seeds), {seconds.mean():.0f} s on two CPU cores' + beside('mnist-quick')
+    digits = study('baselines').query('name == "digits, ViT of vit_train"')
     assert sorted(digits.seed) == list(range(10)) and all('epochs: 100' in s for s in digits.setting)
     assert RECIPES['digits'].epochs == 100 and RECIPES['digits'].changes == dict(stem='conv')
     accuracy = f'{digits.accuracy.mean():.2f} ± {digits.accuracy.std():.2f} %'
-    assert RECIPES['digits'].measured == f'{accuracy} (10 splits), {digits.seconds.median():.0f} s of one CPU thread'
+    seconds = f'{digits.seconds.median():.0f} s of one CPU thread'
+    assert RECIPES['digits'].measured == f'{accuracy} (10 splits), {seconds}' + beside('digits')
     studies = [('mnist', 'mnist_record', 'record, convolutional stem', '', 'two CPU cores'),
                ('fashion_mnist', 'other_images', 'fashion_mnist', '; not the original split', 'two CPU cores'),
                ('cifar10', 'other_images', 'cifar10', '; JPEG images', 'one CPU core')]
-    for recipe, study, row, note, cores in studies:
-        rows = [json.loads(line) for line in (ROOT/'nbs'/'studies'/f'{study}.jsonl').read_text().splitlines()]
-        columns = ('test', 'seconds', 'epochs', 'threads')
-        test, seconds, epochs, threads = np.array([[r[c] for c in columns] for r in rows if r['name'] == row]).T
+    for recipe, ledger, row, note, cores in studies:
+        rows = study(ledger)[lambda r: r.name == row]
+        test, seconds, epochs, threads = (rows[c].to_numpy() for c in ('test', 'seconds', 'epochs', 'threads'))
         assert len(test) == 3 and set(epochs) == {RECIPES[recipe].epochs}
         assert set(threads) == {2 if cores.startswith('two') else 1}
         accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', seconds.mean()/60
-        assert RECIPES[recipe].measured == f'{accuracy} (3 seeds{note}), {minutes:.0f} min on {cores}'
+        assert RECIPES[recipe].measured == f'{accuracy} (3 seeds{note}), {minutes:.0f} min on {cores}' + beside(recipe)
 
 def test_recipes_for_a_folder_say_what_was_measured():
-    few = read_trials(ROOT/'nbs'/'studies'/'other_images.jsonl')
-    tuned = read_trials(ROOT/'nbs'/'studies'/'fine_tuning.jsonl').rename(columns=dict(accuracy='test'))
+    few, tuned = study('other_images'), study('fine_tuning').rename(columns=dict(accuracy='test'))
     def figures(runs, name):
         rows = runs[runs.name == name]
         assert sorted(rows.seed) == list(range(5))
@@ -92,15 +111,15 @@ def test_recipes_for_a_folder_say_what_was_measured():
                                 ('photos', 'photos, enlarged', 'the same, enlarged')):
         accuracy, seconds, rows = figures(few, name)
         assert set(rows.epochs) == {RECIPES[recipe].epochs} and set(rows.labels) == {100}
-        assert RECIPES[recipe].measured == f'{accuracy} (5 seeds; {words}), {seconds}'
+        assert RECIPES[recipe].measured == f'{accuracy} (5 seeds; {words}), {seconds}' + beside(recipe)
     accuracy, _, rows = figures(tuned, 'fine-tuned, 300')
     lr, decay = FINETUNE.values()
     assert all(s == f'{{epochs: 2, labels: 300, lr: {lr}}}' for s in rows.setting) and decay == 0.75    # its default
     words = '5 seeds; 300 a class, two epochs of a ViT-S/14 at 56 pixels'
-    assert RECIPES['finetune'].measured == f'{accuracy} ({words})'
+    assert RECIPES['finetune'].measured == f'{accuracy} ({words})' + beside('finetune')
     accuracy, _, rows = figures(tuned, 'probe, 300')
     assert all(s.endswith(f"value: {RECIPES['probe'].lr}}}") for s in rows.setting)
-    assert RECIPES['probe'].measured == f'{accuracy} (5 seeds; 300 a class, a ViT-S/14 at 56 pixels)'
+    assert RECIPES['probe'].measured == f'{accuracy} (5 seeds; 300 a class, a ViT-S/14 at 56 pixels)' + beside('probe')
 
 def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch, no_pictures, few_digits):
     "... and one with a change does not; here a recipe that is quick"
