@@ -457,6 +457,10 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     assert kills >= 1
     same_run(tmp_path/'whole', tmp_path/'killed')
     assert {p.name for p in (tmp_path/'killed').iterdir()} == RUN_FILES
+    config = json.loads((tmp_path/'killed'/'config.json').read_text())
+    epochs = epochs_of(tmp_path/'killed'/'metrics.csv')
+    seconds = 1257*epochs/config['images_per_second']         # of all epochs, those before the kills too
+    assert epochs == config['settings']['epochs'] and abs(seconds - config['seconds']) < 0.06
 
 @pytest.fixture(scope='module')
 def unfinished(tmp_path_factory):
