@@ -80,7 +80,7 @@ def compare(
 
 # %% ../nbs/04a_experiments.ipynb #answers1
 def answers(
-    runs: pd.DataFrame,       # as in `compare`
+    runs: pd.DataFrame,       # as in `compare`, with a column `seconds`
     questions: dict,          # what is asked -> names of the setting and of that which it is compared with
     value: str = 'accuracy',  # the column of the results
     overlap: float = 0.,      # of `paired`
@@ -89,6 +89,7 @@ def answers(
     rows = {}
     for question, (name, to) in questions.items():
         two = runs[runs.name.isin([name, to])]
+        if name not in set(two.name): raise ValueError(f"there is no setting {name!r}")
         table = compare(two, to=to, value=value, overlap=overlap)
         seconds = two.groupby('name').seconds.min()
         rows[question] = {value: table[value][name], 'instead of': table[value][to], **table.loc[name].drop(value),
