@@ -62,8 +62,7 @@ def beside(recipe):
             'mnist-quick': [('baselines', f'mnist, {machine}'), ('baselines', 'mnist, four epochs, CNN')],
             'mnist': [('baselines', f'mnist, {machine}')], 'fashion_mnist': [('other', f'fashion_mnist, {machine}')],
             'cifar10': [('other', f'cifar10, {machine}')]}
-    rows |= dict.fromkeys(('folder', 'photos'), [('few', 'CNN, 100, 32 epochs')])
-    rows |= dict.fromkeys(('finetune', 'probe'), [('few', 'CNN, 300, 64 epochs')])
+    rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'), [('few', 'CNN, 100, 32 epochs')])
     ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []
     for ledger, name in rows[recipe]:
         found = ledgers[ledger][lambda r: r.name == name].accuracy
@@ -73,16 +72,11 @@ def beside(recipe):
     return '; beside it ' + ', '.join(parts)
 
 def test_recipes_say_what_was_measured():
-    "The figures in `RECIPES` are those that a notebook printed, or that its study wrote down"
-    cells = json.loads((ROOT/'nbs'/'09_runs.ipynb').read_text(encoding='utf-8'))['cells']
-    lines = [line for c in cells for o in c.get('outputs', []) for line in o.get('text', [])]
-    quick = RECIPES['mnist-quick']
-    found = [re.match(r'mnist-quick, seed \d: test accuracy ([\d.]+)%.*, (\d+) epochs in (\d+) s', line)
-             for line in lines]
-    accuracies, epochs, seconds = np.array([m.groups() for m in found if m], float).T
-    assert len(accuracies) == 3 and set(epochs) == {quick.epochs}
-    accuracy = f'{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f} %'
-    assert quick.measured == f'{accuracy} (3 seeds), {seconds.mean():.0f} s on two CPU cores' + beside('mnist-quick')
+    "The figures in `RECIPES` are those that a study wrote down"
+    quick, recipe = study('baselines').query('name == "mnist, four epochs, ViT of vit_train"'), RECIPES['mnist-quick']
+    assert sorted(quick.seed) == list(range(5)) and all(f'epochs: {recipe.epochs}' in s for s in quick.setting)
+    accuracy, seconds = f'{quick.accuracy.mean():.2f} ± {quick.accuracy.std():.2f} %', quick.seconds.median()
+    assert recipe.measured == f'{accuracy} (5 seeds), {seconds:.0f} s of one CPU thread' + beside('mnist-quick')
     digits = study('baselines').query('name == "digits, ViT of vit_train"')
     assert sorted(digits.seed) == list(range(10)) and all('epochs: 100' in s for s in digits.setting)
     assert RECIPES['digits'].epochs == 100 and RECIPES['digits'].changes == dict(stem='conv')
@@ -112,14 +106,14 @@ def test_recipes_for_a_folder_say_what_was_measured():
         accuracy, seconds, rows = figures(few, name)
         assert set(rows.epochs) == {RECIPES[recipe].epochs} and set(rows.labels) == {100}
         assert RECIPES[recipe].measured == f'{accuracy} (5 seeds; {words}), {seconds}' + beside(recipe)
-    accuracy, _, rows = figures(tuned, 'fine-tuned, 300')
+    accuracy, _, rows = figures(tuned, 'fine-tuned, 120 steps, 100')
     lr, decay = FINETUNE.values()
-    assert all(s == f'{{epochs: 2, labels: 300, lr: {lr}}}' for s in rows.setting) and decay == 0.75    # its default
-    words = '5 seeds; 300 a class, two epochs of a ViT-S/14 at 56 pixels'
+    assert all(s == f'{{epochs: 2, labels: 100, lr: {lr}}}' for s in rows.setting) and decay == 0.75    # its default
+    words = '5 seeds; 100 a class, two epochs of a ViT-S/14 at 56 pixels'
     assert RECIPES['finetune'].measured == f'{accuracy} ({words})' + beside('finetune')
-    accuracy, _, rows = figures(tuned, 'probe, 300')
+    accuracy, _, rows = figures(tuned, 'probe, 100')
     assert all(s.endswith(f"value: {RECIPES['probe'].lr}}}") for s in rows.setting)
-    assert RECIPES['probe'].measured == f'{accuracy} (5 seeds; 300 a class, a ViT-S/14 at 56 pixels)' + beside('probe')
+    assert RECIPES['probe'].measured == f'{accuracy} (5 seeds; 100 a class, a ViT-S/14 at 56 pixels)' + beside('probe')
 
 def test_a_recipe_as_it_stands_says_what_to_expect(tmp_path, capsys, monkeypatch, no_pictures, few_digits):
     "... and one with a change does not; here a recipe that is quick"

@@ -84,7 +84,7 @@ def answers(
     questions: dict,          # what is asked -> names of the setting and of that which it is compared with
     value: str = 'accuracy',  # the column of the results
     overlap: float = 0.,      # of `paired`
-) -> pd.DataFrame:            # a row a question; seconds are those of the shortest training, of either setting
+) -> pd.DataFrame:            # a row a question; seconds are those of the shortest training of either setting
     "Two settings at a time: what each reaches, their paired difference, and what they cost"
     rows = {}
     for question, (name, to) in questions.items():
@@ -93,7 +93,7 @@ def answers(
         table = compare(two, to=to, value=value, overlap=overlap)
         seconds = two.groupby('name').seconds.min()
         rows[question] = {value: table[value][name], 'instead of': table[value][to], **table.loc[name].drop(value),
-                          'seconds': f'{seconds[name]:.0f}, {seconds[to]:.0f}'}
+                          'least seconds': f'{seconds[name]:.0f}, {seconds[to]:.0f}'}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/04a_experiments.ipynb #46f0b769
