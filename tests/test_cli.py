@@ -60,15 +60,16 @@ def beside(recipe):
     machine, net = 'support vector machine (RBF)', 'a small CNN'
     rows = {'digits': [('baselines', f'digits, {machine}'), ('baselines', 'digits, CNN')],
             'mnist-quick': [('baselines', f'mnist, {machine}'), ('baselines', 'mnist, four epochs, CNN')],
-            'mnist': [('baselines', f'mnist, {machine}')], 'fashion_mnist': [('other', f'fashion_mnist, {machine}')],
-            'cifar10': [('other', f'cifar10, {machine}')]}
+            'mnist': [('baselines', f'mnist, {machine}')]}
+    rows |= {data: [('other', f'{data}, {machine}'), ('other', f'{data}, CNN')] for data in ('fashion_mnist', 'cifar10')}
     rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'), [('few', 'CNN, 100, 32 epochs')])
     ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []
     for ledger, name in rows[recipe]:
         found = ledgers[ledger][lambda r: r.name == name].accuracy
         spread = f' ± {found.std():.2f}' if len(found) > 1 else ''
         what = 'a support vector machine' if machine in name else net
-        parts.append(f'{what} {found.mean():.2f}{spread} %' + ' (10,000 of the images)'*(recipe == 'cifar10'))
+        part = ' (10,000 of the images)' if name == f'cifar10, {machine}' else ''
+        parts.append(f'{what} {found.mean():.2f}{spread} %{part}')
     return '; beside it ' + ', '.join(parts)
 
 def test_recipes_say_what_was_measured():

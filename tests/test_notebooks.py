@@ -48,6 +48,6 @@ def test_ledger(ledger):
     "Each training tells its setting, one for each name, so that `trials` can refuse another under that name"
     from vit_nbdev.experiments import read_trials
     runs = read_trials(ledger)
-    assert runs.setting.map(type).eq(str).all()
+    assert runs.setting.map(type).eq(str).all() and not runs.setting.str.contains('measured:').any()
     assert runs.groupby('name').setting.nunique().eq(1).all()
     assert not runs.duplicated(['name', 'seed']).any()

@@ -544,11 +544,12 @@ RECIPES = {
                                      'beside it a support vector machine 97.85 %'),
     'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, changes=_CONV, augment=_STILL,
                             measured='91.87 ± 0.01 % (3 seeds; not the original split), 4 min on two CPU cores; '
-                                     'beside it a support vector machine 88.57 %'),
+                                     'beside it a support vector machine 88.57 %, a small CNN 90.67 ± 0.37 %'),
     'cifar10':       Recipe('cifar10',       'cifar',  epochs=10,  bs=128, lr=1e-3, augment=_SHIFTED,
                             changes=dict(stem='conv', patch_size=8, depth=6),
                             measured='72.93 ± 0.86 % (3 seeds; JPEG images), 18 min on one CPU core; '
-                                     'beside it a support vector machine 47.37 % (10,000 of the images)'),
+                                     'beside it a support vector machine 47.37 % (10,000 of the images), '
+                                     'a small CNN 72.20 ± 0.30 %'),
     # recipes for a folder: measured with photographs of CIFAR-10, 100 of each class
     'folder':        Recipe('folder',        'cifar',  epochs=20,  bs=32,  lr=1e-3, keep_best=True,
                             augment=dict(pad_mode='reflection'), changes=dict(stem='conv', patch_size=8, depth=6),
