@@ -61,7 +61,8 @@ def beside(recipe):
     rows = {'digits': [('baselines', f'digits, {machine}'), ('baselines', 'digits, CNN')],
             'mnist-quick': [('baselines', f'mnist, {machine}'), ('baselines', 'mnist, four epochs, CNN')],
             'mnist': [('baselines', f'mnist, {machine}')]}
-    rows |= {data: [('other', f'{data}, {machine}'), ('other', f'{data}, CNN')] for data in ('fashion_mnist', 'cifar10')}
+    rows |= {data: [('other', f'{data}, {method}') for method in (machine, 'CNN')]
+             for data in ('fashion_mnist', 'cifar10')}
     rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'), [('few', 'CNN, 100, 32 epochs')])
     ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []
     for ledger, name in rows[recipe]:

@@ -94,7 +94,8 @@ def answers(
         seconds = two.groupby('name').seconds.min()
         pairs = two.groupby('seed').name.nunique().eq(2).sum()
         rows[question] = {value: table[value][name], 'instead of': table[value][to], 'pairs': pairs,
-                          **table.loc[name].drop([value, 'n']), 'least seconds': f'{seconds[name]:.0f}, {seconds[to]:.0f}'}
+                          **table.loc[name].drop([value, 'n']),
+                          'least seconds': f'{seconds[name]:.0f}, {seconds[to]:.0f}'}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/04a_experiments.ipynb #46f0b769

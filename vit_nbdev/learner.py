@@ -528,6 +528,7 @@ class Recipe:
         return learn
 
 # %% ../nbs/04_learner.ipynb #rec00001
+# longer than 40 lines: a table of recipes, each with what it was measured to give
 _CONV = dict(stem='conv', patch_size=8, dim=96, depth=3, mlp_ratio=2)   # our best for MNIST below 300,000 parameters
 _STILL = dict(flip=True, max_rotate=0., max_zoom=0., max_shift=0.)       # mirrored, and nothing else
 _WHOLE = dict(max_rotate=0., max_zoom=0., max_shift=0.)                   # as it was read
