@@ -1,8 +1,11 @@
 """`pytest --slow` runs the slow cells of the notebooks, too; `pytest -n 2 --dist worksteal` takes two cores."""
-import os
+import os, signal
 from itertools import islice
 
 import pytest
+
+# under `nohup` or `&` a shell has Ctrl-C ignored, for all programs that begin there; the tests press it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # before torch is imported: two tests at a time don't share a core, and sums have one order
 os.environ.setdefault('OMP_NUM_THREADS', '1')
