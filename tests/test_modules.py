@@ -13,7 +13,8 @@ from vit_nbdev.vit import vit
 
 KINDS = {   # a little of everything that has weights
     'plain': {}, 'class token': dict(pool='cls', n_registers=2), 'attention pool': dict(pool='map'),
-    'convolutional stem': dict(stem='conv'), 'gated': dict(gated=True, act='silu', layer_scale=0.1, qk_norm=True),
+    'convolutional stem': dict(stem='conv'), 'deeper stem': dict(stem='conv', stem_depth=2),
+    'gated': dict(gated=True, act='silu', layer_scale=0.1, qk_norm=True),
 }
 
 def model_of(kind):
@@ -43,8 +44,9 @@ def test_hooks_count_the_multiplications_of_every_layer(kind):
     c = model.config
     n, d, b, hidden = c.n_patches + c.n_prefix, c.dim, len(X), int(c.mlp_ratio*c.dim)
     block = n*d*3*d + n*d*d + n*d*hidden*(3 if c.gated else 2)
+    sides = {'patch': [4], 'conv': [8]*(c.stem_depth - 1) + [4, 4]}[c.stem]
     stem = sum(m.weight[0].numel()*m.out_channels*side**2 for m, side in zip(
-        [m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)], [4, 4] if c.stem == 'conv' else [4]))
+        [m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)], sides, strict=True))
     pool = (1 + c.n_patches)*d*3*d + d*d + 2*d*hidden if c.pool == 'map' else 0
     assert counted == b*(c.depth*block + stem + pool + d*c.n_classes)
 

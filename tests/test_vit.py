@@ -31,6 +31,7 @@ OPTIONS = {    # each is a change to SMALL; together they touch every field
     'sincos2d': dict(positions='sincos2d'),
     'no positions': dict(positions='none'),
     'conv stem': dict(stem='conv'),
+    'deeper conv stem': dict(stem='conv', stem_depth=2),
     'norms': dict(embed_norm=True, norm_after_pool=True, qk_norm=True, norm_eps=1e-5),
     'layer scale': dict(layer_scale=0.1, act='gelu_tanh', mlp_ratio=2.5),
     'no biases': dict(qkv_bias=False, patch_bias=False, act='quick_gelu'),
@@ -338,6 +339,9 @@ def test_registers_start_apart():
 def test_conv_stem_is_off_unless_asked_for():
     with pytest.raises(ValueError, match="patch_size=7 must be a power of two for stem='conv'"):
         vit('mnist', stem='conv')
+    with pytest.raises(ValueError, match="stem_depth=2 needs stem='conv'"): vit('cifar', stem_depth=2)
+    with pytest.raises(ValueError, match='stem_depth=0 must be a positive integer'):
+        vit('cifar', stem='conv', stem_depth=0)
     a, b = vit('cifar'), vit('cifar', stem='conv')
     assert a.embed(torch.zeros(2, 3, 32, 32)).shape == b.embed(torch.zeros(2, 3, 32, 32)).shape
     assert not [m for m in a.modules() if isinstance(m, nn.BatchNorm2d)]

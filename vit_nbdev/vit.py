@@ -48,25 +48,29 @@ class PatchEmbedding(nn.Module):
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
 # %% ../nbs/02_vit.ipynb #e72d05b2
-def _halve(in_chans, out_chans):
-    "A convolution of size 3 that halves both sides of the image, with BatchNorm and ReLU"
-    conv = nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, bias=False)
+def _conv(in_chans, out_chans, stride):
+    "A convolution of size 3 with BatchNorm and ReLU"
+    conv = nn.Conv2d(in_chans, out_chans, 3, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_chans), nn.ReLU())
 
 class ConvStem(nn.Module):
-    "Small convolutions with stride 2 that lead from the image to the tokens in place of one large one (Xiao 2021)"
+    "Small convolutions that lead from the image to the tokens in place of one large one (Xiao 2021)"
     def __init__(self,
         patch_size: int,  # pixels between neighbouring tokens, a power of two
         in_chans: int,    # channels of the image
         dim: int,         # width of a token
+        depth: int = 1,   # convolutions at each size of the image, the last of which halves it
     ):
         super().__init__()
         steps = patch_size.bit_length() - 1
         if patch_size < 2 or 2**steps != patch_size:
             raise ValueError(f"patch_size={patch_size} must be a power of two for stem='conv', "
                              "which halves the image at each step")
-        widths = [in_chans] + [max(dim >> i, 1) for i in reversed(range(steps))]      # ... dim/4, dim/2, dim
-        self.convs = nn.Sequential(*[_halve(i, o) for i, o in zip(widths, widths[1:])])
+        convs = []
+        for i in reversed(range(steps)):                                        # widths ... dim/4, dim/2, dim
+            for stride in [1]*(depth - 1) + [2]:
+                convs.append(_conv(in_chans, in_chans := max(dim >> i, 1), stride))
+        self.convs = nn.Sequential(*convs)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
@@ -113,6 +117,7 @@ class ViTConfig:
     rotary: str = 'none'              # positions that turn queries and keys, beside or without others: see `ROTARY`
     rotary_size: int|None = None      # side of the grid of pretraining that they are stretched to, see `rotary_2d`
     stem: str = 'patch'               # 'patch', or 'conv' for small convolutions (Xiao 2021)
+    stem_depth: int = 1               # convolutions of the stem 'conv' at each size of the image
     norm: str = 'layer'               # LayerNorm, or 'rms' for RMSNorm (Zhang 2019), in the blocks and at their end
     patch_norm: bool = False          # such a norm on the patches before they get positions, as AIMv2 has
     embed_norm: bool = False          # LayerNorm before the first block, as CLIP has
@@ -213,7 +218,8 @@ class ViT(nn.Module):
         self.n_prefix, self.checkpointing = c.n_prefix, False
         patch = (c.patch_size, c.in_chans, c.dim)
         norm = NORMS[c.norm](c.dim, eps=c.norm_eps) if c.patch_norm else None
-        self.patch_embed = ConvStem(*patch) if c.stem == 'conv' else PatchEmbedding(*patch, c.patch_bias, norm)
+        if c.stem == 'conv': self.patch_embed = ConvStem(*patch, c.stem_depth)
+        else: self.patch_embed = PatchEmbedding(*patch, c.patch_bias, norm)
         self.cls_token = nn.Parameter(torch.zeros(1, int(c.has_cls), c.dim))     # a token that is off has no rows
         self.registers = nn.Parameter(torch.zeros(1, c.n_registers, c.dim))
         self._add_positions()
@@ -405,6 +411,7 @@ def _check_config(config):
     h, w = c._sides
     object.__setattr__(c, 'img_size', h if h == w else (h, w))
     for side in (h, w): _check_side('img_size', side, c)
+    if c.stem_depth > 1 and c.stem != 'conv': raise ValueError(f"stem_depth={c.stem_depth} needs stem='conv'")
     if c.dim % c.n_heads: raise ValueError(f"dim={c.dim} is not divisible by n_heads={c.n_heads}")
     if c.positions == 'sincos2d' and c.dim % 4:
         raise ValueError(f"dim={c.dim} must be divisible by 4 for positions='sincos2d'")
