@@ -101,6 +101,30 @@ def test_gradients_against_finite_differences():
     zeros = torch.zeros(3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: scaled_dot_product_attention(*a, mask=zeros)[0], (q, k, v))
 
+@pytest.mark.parametrize('kind', [None, 'causal', 'float'])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_gradients_in_bfloat16_on_a_cpu_are_computed_in_float32(monkeypatch, kind, autocast):
+    "torch's backward is slow there; with norms on queries and keys autocast gives them in float32, the values not"
+    seen, kernel = [], F.scaled_dot_product_attention
+    def watched(q, k, v, *args, **kwargs):
+        seen.append((q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled('cpu')))
+        return kernel(q, k, v, *args, **kwargs)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', watched)
+    torch.manual_seed(0)
+    exact = MultiHeadAttention(16, 4, qk_norm=True).double()
+    model = copy.deepcopy(exact).float() if autocast else copy.deepcopy(exact).bfloat16()
+    x = torch.randn(2, 5, 16).to(torch.float32 if autocast else torch.bfloat16)
+    mask = make_mask(kind, 2, 4, 5, 5, torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast): out = model(x, mask=mask)
+    assert out.dtype == torch.bfloat16 and seen == [(torch.float32,)*3 + (False,)]
+    want = exact(x.double(), mask=mask.double() if kind == 'float' else mask)
+    close(out.double(), want, 0.02)
+    got, right = (torch.autograd.grad(y.float().pow(2).sum(), m.qkv.weight)[0].double()
+                  for y, m in ((out, model), (want, exact)))
+    close(got, right, 0.03*right.abs().max().item())
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast): model(x, mask=mask)
+    assert seen[-1][2] == torch.bfloat16
+
 def test_bfloat16_is_no_worse_than_torch():
     "Errors against float64, over 20 draws: ours must not be larger than those of torch's own module"
     ours_err, torch_err = [], []

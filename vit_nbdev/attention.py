@@ -150,6 +150,15 @@ def padding_mask(
     return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]
 
 # %% ../nbs/00_attention.ipynb #888d760e
+def _kernel(q, k, v, attn_mask=None, **kwargs):
+    "torch's fused attention; in float32 where gradients are wanted in bfloat16 on a CPU, since its backward is slow there"
+    if v.dtype == torch.bfloat16 and v.device.type == 'cpu' and torch.is_grad_enabled():
+        if attn_mask is not None and attn_mask.dtype != torch.bool: attn_mask = attn_mask.float()
+        with torch.autocast('cpu', enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask, **kwargs)
+        return out.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, **kwargs)
+
 class FusedAttention(nn.Module):
     "`scaled_dot_product_attention` by torch's fused kernel, which never stores the weights (Dao 2022)"
     def __init__(self, dropout: float = 0.):  # probability with which a weight is dropped in training
@@ -158,11 +167,10 @@ class FusedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor|None = None) -> Tensor:
         p = self.dropout if self.training else 0.
-        if mask is None: return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        if mask is None: return _kernel(q, k, v, dropout_p=p)
         # a query that may attend to nothing gets zeros, in every version of torch and on every device
         blind = (~mask if mask.dtype == torch.bool else mask == -torch.inf).all(dim=-1, keepdim=True)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.masked_fill(blind, 1), dropout_p=p)
-        return out.masked_fill(blind, 0.)
+        return _kernel(q, k, v, mask.masked_fill(blind, 1), dropout_p=p).masked_fill(blind, 0.)
 
     def extra_repr(self): return f'dropout={self.dropout}'
 

@@ -74,7 +74,9 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(dim, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
-        return self.proj(self.convs(x)).flatten(2).transpose(1, 2)
+        # channels last in memory: that is faster, and how the blocks want the tokens
+        for conv in self.convs: x = conv(x.contiguous(memory_format=torch.channels_last))
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 # %% ../nbs/02_vit.ipynb #4af8e23d
 RESIZE = {   # `pos_resize`: arguments of F.interpolate                            as in
