@@ -75,7 +75,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h w)` -> tokens `(b n dim)`, row by row
         # channels last in memory: that is faster, and how the blocks want the tokens
-        for conv in self.convs: x = conv(x.contiguous(memory_format=torch.channels_last))
+        for conv in self.convs: x = conv(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         return self.proj(x).flatten(2).transpose(1, 2)
 
 # %% ../nbs/02_vit.ipynb #4af8e23d
