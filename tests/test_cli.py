@@ -94,7 +94,8 @@ def test_recipes_say_what_was_measured():
         assert len(test) == n and set(epochs) == {RECIPES[recipe].epochs}
         assert set(threads) == {2 if cores.startswith('two') else 1}
         accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', np.median(seconds)/60
-        assert RECIPES[recipe].measured == f'{accuracy} ({n} seeds{note}), {minutes:.0f} min on {cores}' + beside(recipe)
+        said = f'{accuracy} ({n} seeds{note}), {minutes:.0f} min on {cores}'
+        assert RECIPES[recipe].measured == said + beside(recipe)
 
 def test_recipes_for_a_folder_say_what_was_measured():
     few, tuned = study('other_images'), study('fine_tuning').rename(columns=dict(accuracy='test'))

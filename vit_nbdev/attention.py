@@ -151,7 +151,7 @@ def padding_mask(
 
 # %% ../nbs/00_attention.ipynb #888d760e
 def _kernel(q, k, v, attn_mask=None, **kwargs):
-    "torch's fused attention; in float32 where gradients are wanted in bfloat16 on a CPU, since its backward is slow there"
+    "torch's fused attention; in float32 for gradients in bfloat16 on a CPU, where its backward pass is slow"
     if v.dtype == torch.bfloat16 and v.device.type == 'cpu' and torch.is_grad_enabled():
         if attn_mask is not None and attn_mask.dtype != torch.bool: attn_mask = attn_mask.float()
         with torch.autocast('cpu', enabled=False):
