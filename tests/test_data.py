@@ -359,6 +359,19 @@ def test_more_than_fits_is_refused_before_anything_is_read(tmp_path, monkeypatch
     with pytest.raises(ValueError, match='4 images take 0.8 GB at 8000 x 8000 pixels, .* smaller batches'):
         load(tmp_path, img_size=8000)
 
+def test_free_memory_is_what_a_container_has_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.psutil, 'virtual_memory', lambda: SimpleNamespace(available=64e9))
+    monkeypatch.setattr(data, 'CGROUP', tmp_path)
+    prep = SimpleNamespace(img_size=(8, 8), in_chans=1)
+    assert data._memory(2, prep) == (128, 64e9)
+    files = {'memory.max': '8000\n', 'memory.current': '7000\n', 'memory.stat': 'anon 6000\ninactive_file 500\n'}
+    for name, text in files.items(): (tmp_path/name).write_text(text)
+    assert data._memory(2, prep)[1] == 8000 - 7000 + 500
+    (tmp_path/'memory.current').write_text('9000\n')
+    assert data._memory(2, prep)[1] == 0
+    (tmp_path/'memory.max').write_text('max\n')
+    assert data._memory(2, prep)[1] == 64e9
+
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='only Linux tells the peak')
 def test_memory_is_little_more_than_the_pixels(tmp_path):
     paint(tmp_path, 'a', 'b', n=100)

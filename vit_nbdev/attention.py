@@ -160,7 +160,9 @@ def _kernel(q, k, v, attn_mask=None, **kwargs):
     return F.scaled_dot_product_attention(q, k, v, attn_mask, **kwargs)
 
 class FusedAttention(nn.Module):
-    "`scaled_dot_product_attention` by torch's fused kernel, which never stores the weights (Dao 2022)"
+    """`scaled_dot_product_attention` by torch: where it has a fused kernel for it, the weights are never stored (Dao 2022)
+
+    With dropout on a CPU it has none."""
     def __init__(self, dropout: float = 0.):  # probability with which a weight is dropped in training
         super().__init__()
         self.dropout = dropout
