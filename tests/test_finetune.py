@@ -12,6 +12,7 @@ from vit_nbdev import runs
 from vit_nbdev.cli import vit_train
 from vit_nbdev.learner import RECIPES
 from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.report import settings_table
 from vit_nbdev.runs import load_model, predict, save_model
 from vit_nbdev.vit import vit
 
@@ -124,6 +125,11 @@ def test_layer_decay_reaches_the_optimizer(weights, pictures, monkeypatch, no_pi
     *lrs, wd = seen[0]
     assert wd == 0.25 and np.allclose(np.array(lrs[:-1])/np.array(lrs[1:]), 0.5)
     assert len(lrs) == load_model(weights)[0].config.depth + 2
+
+def test_published_weights_have_nothing_of_the_recipes_model(weights, pictures, no_pictures):
+    _, config = trained(pictures, recipe='folder', pretrained=str(weights), epochs=1)
+    assert RECIPES['folder'].changes and config['settings']['changes'] == {}
+    assert settings_table(config)['changed in the model'] == 'nothing' and config['model']['stem'] == 'patch'
 
 def test_a_size_and_a_way_of_resizing_of_ones_own(weights, pictures, no_pictures):
     _, config = trained(pictures, pretrained=str(weights), img_size=32, resize='squash')

@@ -1,6 +1,7 @@
 """Loaders, callbacks and checkpoints of a `ViTLearner`."""
-import os, time
+import os, pickle, time
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from PIL import Image
 from torch import nn
 
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
-from vit_nbdev.learner import (EMA, Checkpoint, HeadFirst, KeepBest, Threads, _judge, _left_over, adamw, head_groups,
-                               load_checkpoint, normalise_as, vit_groups, vit_learner, weighted_loss)
+from vit_nbdev.learner import (EMA, RECIPES, Checkpoint, HeadFirst, KeepBest, Threads, _judge, _left_over,
+                               _random_states, _set_random_states, adamw, head_groups, load_checkpoint, normalise_as,
+                               vit_groups, vit_learner, weighted_loss)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import load_model, save_model
@@ -273,6 +275,14 @@ def test_a_frozen_batchnorm_keeps_its_statistics(cbs, some_digits):
     learn.unfreeze()
     assert moved() >= {f'patch_embed.convs.0.1.{k}' for k in ('weight', 'running_mean', 'num_batches_tracked')}
 
+def test_validating_freezes_nothing(some_digits):
+    "Neither before there is an optimiser nor with one"
+    learn = replace(RECIPES['digits'], freeze_epochs=1).learner(some_digits())
+    for opt in (None, learn.create_opt):
+        if opt: opt()
+        with learn.no_bar(): learn.validate()
+        assert all(p.requires_grad for p in learn.model.parameters())
+
 def test_a_batchnorm_without_weights_has_statistics(some_digits):
     norm = nn.BatchNorm1d(64, affine=False)
     quick(some_digits(), model=nn.Sequential(nn.Flatten(), norm, nn.Linear(64, 10))).fit(1)
@@ -412,6 +422,40 @@ def expected(checkpoint, some_digits):
     learn.fit(3)
     return learn.one_step.weights
 
+# --- a checkpoint on another machine, or one that can't be read just now ---
+
+def test_a_checkpoint_goes_on_where_fewer_gpus_are_seen(some_digits, monkeypatch):
+    "Written with three, restored where there are two, four or none"
+    dls, seen = some_digits(), []
+    states = _random_states(dls) | dict(cuda=[torch.tensor([i], dtype=torch.uint8) for i in range(3)])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda.random, 'set_rng_state', lambda state, device: seen.append((state.item(), device)))
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', torch.cuda.random.set_rng_state)
+    for there, restored in ((2, [(0, 0), (1, 1)]), (4, [(0, 0), (1, 1), (2, 2)]), (0, [])):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: there)
+        seen.clear()
+        _set_random_states(states, dls)
+        assert seen == restored
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+
+@pytest.mark.parametrize('error, kind, sentence', [
+    (PermissionError(13, 'Permission denied'), OSError, r"can't read .*c.pt \(Permission denied\): it may be whole"),
+    (OSError(5, 'Input/output error'), OSError, r"can't read .*c.pt \(Input/output error\): it may be whole"),
+    (MemoryError(), MemoryError, '^$'), (RuntimeError(NO_MEMORY), RuntimeError, "can't allocate memory"),
+    (FileNotFoundError(2, 'No such file'), FileNotFoundError, 'there is no checkpoint .*c.pt$'),
+    (RuntimeError('failed finding central directory'), ValueError, 'c.pt is damaged or no checkpoint'),
+    (pickle.UnpicklingError('odd'), ValueError, 'damaged'), (EOFError(), ValueError, 'damaged')])
+def test_only_what_is_damaged_is_called_so(error, kind, sentence, checkpoint, monkeypatch):
+    "Of a file that can't be read nobody knows that; who begins anew would delete it"
+    def fail(*_, **__): raise error
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(kind, match=sentence) as e: load_checkpoint(checkpoint)
+    assert ('start the run again' in str(e.value)) == (kind is ValueError)
+
+def test_a_folder_is_no_damaged_checkpoint(tmp_path):
+    with pytest.raises(OSError, match="can't read .*Is a directory"): load_checkpoint(tmp_path)
+
 # --- beside other programs ---
 
 def test_threads_are_as_before_after_an_error(monkeypatch):
@@ -442,4 +486,8 @@ def test_what_other_programs_leave(monkeypatch):
     monkeypatch.setattr(psutil, 'cpu_times', lambda percpu: cores)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(time, 'process_time', lambda: 5.)
-    assert _left_over() == 30 + 4 + 1 + 20 + 2 + 0.5 + 5
+    monkeypatch.setattr(os, 'PRIO_PROCESS', 0, raising=False)
+    for linux, priority, ours in ((True, 0, 5), (True, -5, 5), (True, 10, 0), (False, 10, 5)):
+        monkeypatch.setattr(psutil, 'LINUX', linux)
+        monkeypatch.setattr(os, 'getpriority', lambda which, who: priority, raising=False)
+        assert _left_over() == 30 + 4 + 1 + 20 + 2 + 0.5 + ours     # of low priority, ours are in `nice`

@@ -127,6 +127,15 @@ def test_auto_is_bf16_only_where_it_is_faster(monkeypatch):
     with pytest.warns(UserWarning, match='bf16 takes 2.5 times as long as fp32 on this processor: use fp32, or auto'):
         assert runs._precision('bf16', model, 4, cpu) == 'bf16'
 
+def test_what_an_apple_computes_in(tmp_path, monkeypatch):
+    "In fp32: fastai's mixed precision would do nothing there"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    for name in ('bf16', 'fp16'):
+        with pytest.raises(ValueError, match=f'precision {name} is not for the device mps: use fp32 or auto'):
+            runs.train(device='mps', precision=name)
+    assert runs._precision('auto', vit('digits'), 4, torch.device('mps')) == 'fp32' and not list(tmp_path.iterdir())
+
 def test_the_trial_leaves_no_trace():
     "Four steps of each kind, the first two of them warm-ups; weights, gradients and random numbers are as before"
     model = vit('digits', dropout=0.1)

@@ -125,8 +125,9 @@ def _describe(x):
         given = [*map(_describe, x.args), *(f'{k}={_describe(v)}' for k, v in sorted(x.keywords.items()))]
         return f'{_describe(x.func)}({", ".join(given)})'
     plain = (str, Number, Path, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
-    if not isinstance(x, plain) or getattr(x, '__name__', '') == '<lambda>':
-        name = 'lambda' if isinstance(x, FunctionType) else type(x).__name__
+    closure = getattr(x, '__closure__', None)
+    if not isinstance(x, plain) or closure or getattr(x, '__name__', '') == '<lambda>':
+        name = 'closure' if closure else 'lambda' if isinstance(x, FunctionType) else type(x).__name__
         raise TypeError(f"a {name} does not say what it was made with, so a changed one would not be noticed: "
                         "put a number, a name or functools.partial into the setting, and make the object in `train`")
     return re.sub(r' at 0x[0-9a-f]+', '', str(x))

@@ -108,7 +108,9 @@ def _left_over():
     may = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
     cores = [core for i, core in enumerate(psutil.cpu_times(percpu=True)) if i in may]
     idle = sum(core.idle + getattr(core, 'iowait', 0.) + getattr(core, 'nice', 0.) for core in cores)
-    return idle + time.process_time()
+    # of low priority, we have our own seconds under `nice` already; only Linux counts them there
+    low = psutil.LINUX and os.getpriority(os.PRIO_PROCESS, 0) > 0
+    return idle + (0. if low else time.process_time())
 
 class Threads(Callback):
     "Compute on the cores that other programs leave; idle on a GPU and where OMP_NUM_THREADS or MKL_NUM_THREADS is set"
@@ -451,10 +453,10 @@ class HeadFirst(Callback):
     ): self.epochs = epochs
 
     def before_fit(self):
-        self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
+        self.idle = hasattr(self.learn, 'lr_finder')
         if num_distrib() > 1: raise ValueError("freeze_epochs needs one process: leave it out, or start one")
 
-    def before_epoch(self):
+    def before_train(self):        # `validate` has epochs, too, and perhaps no optimiser
         if not self.idle: self.opt.freeze_to(-1 if self.epoch < self.epochs else 0)
 
 # %% ../nbs/04_learner.ipynb #39069c6a
@@ -610,7 +612,10 @@ def load_checkpoint(
     "Read a checkpoint, and say so if it is damaged or newer than this version"
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"there is no checkpoint {file}") from None
+    except OSError as e:
+        raise OSError(f"can't read {file} ({e.strerror or e}): it may be whole, so keep it until it can be read") from e
     except Exception as e:   # zipfile, pickle and torch each have their own for a damaged file
+        if isinstance(e, MemoryError) or "can't allocate memory" in str(e): raise
         raise ValueError(f"{file} is damaged or no checkpoint: it can't be resumed, start the run again") from e
     if not isinstance(state, dict) or type(state.get('format')) is not int:
         raise ValueError(f"{file} is no checkpoint of vit_nbdev: give one that Checkpoint wrote")
@@ -643,7 +648,7 @@ def _set_random_states(states, dls):
     random.setstate(states['python'])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states['torch'])
-    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states['cuda'])
+    for i, state in enumerate(states['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, i)
     for dl, state in zip(dls, states['loaders'], strict=True): getattr(dl, 'dl', dl).rng.setstate(state)
 
 # %% ../nbs/04_learner.ipynb #81eeff3b

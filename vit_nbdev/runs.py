@@ -132,7 +132,7 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
                    freeze_epochs=freeze_epochs, layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix,
                    rand_augment=rand_augment, early_stop=early_stop)
     changed = {k: v for k, v in changed.items() if v is not None}
-    if model is not None: changed['changes'] = {}     # they belong to the recipe's own model
+    if model is not None or pretrained: changed['changes'] = {}     # they belong to the recipe's own model
     if pretrained: changed['model'] = Path(pretrained).name
     if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
     if class_weights: changed['class_weights'] = True
@@ -878,6 +878,8 @@ def train(
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
         if _is_table(s['path']): name = Path(name).stem
         out = _free_name(Path('runs'), name) if out is None else Path(out)
+    if s['precision'] in ('bf16', 'fp16') and device.type == 'mps':       # fastai's mixed precision is for CUDA
+        raise ValueError(f"precision {s['precision']} is not for the device mps: use fp32 or auto")
     if s['precision'] == 'fp16' and device.type != 'cuda':
         raise ValueError(f"precision fp16 needs a GPU, the device is {device}: use fp32, bf16 or auto")
     _check_logger(s['log'])
