@@ -168,6 +168,17 @@ def test_the_second_gpu_stays_the_second(monkeypatch):
     monkeypatch.setattr(serve, 'predict', lambda run, file, device: [dict(error=device, file='a file')])
     assert serve.answer(model, b'') == dict(error='cuda:1')
 
+def test_a_given_model_stays_where_it_is(run, monkeypatch):
+    "Unless a device is named; a GPU is for one that is read from a folder"
+    (model, _), moved = load_model(run), []
+    for module in (runs, serve):
+        monkeypatch.setattr(module, 'get_device', lambda name=None: torch.device(name or 'meta'), raising=False)
+    def handler(run, *_): moved.append(next(run.parameters()).device.type)
+    monkeypatch.setattr(serve, '_handler', handler)
+    for source, device in ((model, None), (run, None), (model, 'meta')):
+        with server(source, port=0, device=device): pass
+    assert moved == ['cpu', 'meta', 'meta']
+
 def test_what_a_server_refuses(run, pictures):
     with serving(run, max_mb=0.01) as at:
         assert post(f'{at}/predict', b'no picture') == \

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 
 from .interpret import fill_page
-from .runs import check_positive, get_device, load_model, predict, trained_model
+from .runs import _on, check_positive, predict, trained_model
 
 # %% ../nbs/09b_serve.ipynb #838166d2
 def answer(
@@ -70,20 +70,18 @@ def server(
     host: str = '127.0.0.1',  # who may ask: this machine alone; '0.0.0.0': whoever can reach it
     port: int = 8000,         # 0: any that is free
     max_mb: float = 32,       # largest picture, in millions of bytes
-    device: str|None = None,  # as in `train`
+    device: str|None = None,  # as in `train`; a given model stays where it is
 ) -> ThreadingHTTPServer:     # `serve_forever()` starts it; `server_port` is where
     "A web server with a page to drop pictures on"
     check_positive(max_mb=max_mb)
     if not 0 <= port < 2**16: raise ValueError(f"port is {port}, but must be from 0 to {2**16 - 1}")
-    source = load_model(run)[0] if isinstance(run, (str, Path)) else run
-    model, prep = trained_model(source)
+    model, prep = _on(device, run)
     if not prep.labels: raise ValueError("the model names no classes: give it some with vit_learner, and train")
     title = Path(run).name if isinstance(run, (str, Path)) else 'What does the model see?'
     n = len(prep.labels)
     about = f"A ViT that knows {n} classes: {', '.join(prep.labels[:10])}{', ...' if n > 10 else ''}"
     page = fill_page('serve.html', title=title, about=about).encode('utf-8', 'backslashreplace')
-    model.to(get_device(device))
-    handler = _handler(source, page, int(max_mb*1e6))
+    handler = _handler(model if isinstance(run, (str, Path)) else run, page, int(max_mb*1e6))
     try: return ThreadingHTTPServer((host, port), handler)
     except OSError as e:
         if e.errno == errno.EADDRINUSE: raise OSError(f"port {port} is taken: choose another (--port 0: any)") from e
