@@ -334,7 +334,8 @@ def vit_serve(
 ):
     "Open a page in the browser on which pictures are dropped, and say what a model sees in them"
     with plain_errors('vit_serve'):
+        from vit_nbdev.runs import get_device
         from vit_nbdev.serve import server
-        web = server(_source(run, pretrained), host, port, max_mb, device)
+        web = server(_source(run, pretrained), host, port, max_mb, get_device(device))
         print(f'drop pictures on http://{host}:{web.server_port} (Ctrl-C ends it)', flush=True)
         with web: web.serve_forever()
