@@ -449,6 +449,15 @@ def test_embedding_map_marks_the_mistakes():
     assert len(ax.collections[-1].get_offsets()) == 4
     assert {t.get_text() for t in ax.texts} == {'abcdefghij'[i] for i in y.unique()}
 
+def test_embedding_map_of_a_model_without_a_head():
+    "The classes are those in y, and nothing is called a mistake"
+    model = make(pool='mean', n_classes=0)
+    x, y = images(model, 12), torch.arange(12) % 3
+    for prep, names in ((None, '012'), (prep_of(x, 'abc'), 'abc')):
+        ax = embedding_map(model, x, y, prep).axes[0]
+        assert {t.get_text() for t in ax.texts} == set(names) and ax.get_legend() is None
+        assert sum(len(c.get_offsets()) for c in ax.collections) == 12
+
 # --- bad input: one sentence each ---
 
 def bad(f, message, kind=ValueError, **changes):

@@ -1,5 +1,6 @@
 """Published weights: every format against the library it comes from, at its own and at another resolution; bad files"""
 import json, re, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -499,6 +500,20 @@ def test_bad_files(name, tmp_path, capsys):
     with pytest.raises(ValueError, match=message): load_pretrained(tmp_path/name)
     assert 'runs code' not in capsys.readouterr().out
 
+@pytest.mark.parametrize('name', ['w.safetensors', 'w.pth', 'w.npz', 'w.onnx'])
+def test_a_file_that_the_system_refuses_is_not_called_damaged(name, tmp_path, monkeypatch):
+    "What is wrong is said, not 'fetch it again'; and too little memory is no fault of the file"
+    def fail(e):
+        def reader(*_, **__): raise e
+        if name != 'w.onnx': return monkeypatch.setitem(pretrained.READERS, Path(name).suffix, reader)
+        monkeypatch.setattr(pytest.importorskip('onnx', reason='needs onnx, which reads .onnx'), 'load', reader)
+    (tmp_path/name).write_bytes(b'weights')
+    for kind, e in {PermissionError: PermissionError(13, 'Permission denied'), OSError: OSError(5, 'a disk error')}.items():
+        fail(e)
+        with pytest.raises(kind, match=rf"{name} can't be read \({e.strerror}\)$"): load_pretrained(tmp_path/name)
+    fail(MemoryError())
+    with pytest.raises(MemoryError): load_pretrained(tmp_path/name)
+
 def test_wrong_weights():
     import torchvision
     def refuses(message, w, **changes):
@@ -770,6 +785,14 @@ def test_kernels_of_other_dimensions():
         with pytest.raises(ValueError, match=f'a patch kernel of {len(shape)} dimensions'):
             load_pretrained(w | {'patch_embed.proj.weight': torch.zeros(shape)})
 
+def test_what_config_json_leaves_out_is_as_in_transformers():
+    transformers = pytest.importorskip('transformers', reason='needs transformers, whose defaults are compared')
+    for kind, (eps, act, _) in pretrained.TYPES.items():
+        theirs = transformers.CONFIG_MAPPING[kind]()
+        mine = pretrained._transformers_facts(dict(model_type=kind), {})['config']
+        assert (mine['n_heads'], mine['norm_eps'], act) == (theirs.num_attention_heads, theirs.layer_norm_eps,
+                                                            theirs.hidden_act) and eps == mine['norm_eps'], kind
+
 def test_labels_with_gaps_and_twice(tmp_path):
     theirs = transformers_model(id2label={0: 'crane', 1: 'dog', 2: 'fox', 3: 'crane', 4: 'x'})
     theirs.save_pretrained(tmp_path)
@@ -843,9 +866,8 @@ def test_open_clip(kwargs, tmp_path):
     torch.save(theirs.state_dict(), tmp_path/'open_clip_pytorch_model.bin')
     (tmp_path/'open_clip_config.json').write_text(json.dumps(config))
     mine, x = load_pretrained(tmp_path), pixels(32, 32, dtype=torch.float64)
-    labels = tuple(map(str, range(16)))                      # the numbers of the embedding have no names
     assert mine.preprocessing == Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), interpolation='bicubic',
-                                               labels=labels)
+                                               labels=())     # the numbers of the embedding are no classes
     words = ('left out: ', 'the head has no bias: it leads into the space that images share with texts')
     assert [line.startswith(w) for line, w in zip(mine.report, words, strict=True)] == [True, True]    # all is known
     with torch.no_grad(): expected = theirs.double().encode_image(x)
@@ -971,7 +993,7 @@ def test_pixels_beyond_the_last_whole_patch(tmp_path):
     ('vit_pe_spatial_tiny_patch16_512', 'weights of a Perception Encoder'),
     ('vit_small_patch16_dinov3', 'registers and no positions, which are rotary then'),
     ('eva02_tiny_patch14_224', 'weights of an EVA model'), ('vit_base_patch16_rpn_224', 'norms behind the branches'),
-    ('naflexvit_base_patch16_gap', 'weights of a NaFlex model'),
+    ('naflexvit_base_patch16_gap', 'weights of a NaFlex model'), ('aimv2_large_patch14_224', 'weights of AIMv2'),
     ('vit_small_patch16_rope_ape_224', "pass rotary='none' for DeiT III")])
 def test_bare_weights_that_do_not_tell(name, message):
     timm = pytest.importorskip('timm', reason='needs timm, with which the weights are made')
@@ -1085,7 +1107,7 @@ def test_predict_explain_and_learn(name, pictures, tmp_path):
     w, (picture, loaders) = EVERYWHERE[name](), pictures
     if name != 'openai': w = w.state_dict()
     model = load_pretrained(w)
-    if model.config.n_classes:
+    if model.config.n_classes and name not in ('clip', 'openai'):
         x = model.preprocessing.normalise(model.preprocessing(picture))
         with torch.no_grad(): expected = model(x[None]).softmax(1)[0]
         result, = predict(model, picture, device='cpu')
@@ -1093,6 +1115,7 @@ def test_predict_explain_and_learn(name, pictures, tmp_path):
         assert result['index'] == expected.argmax().item()
     else:
         with pytest.raises(ValueError, match='computes features and names no classes'): predict(model, picture)
+        assert len(predict(model, picture, features=True)[0]['features']) == model.config.dim
     page = explain(model, picture, out=tmp_path/'page.html', device='cpu')
     assert 'data:image' in page.read_text(encoding='utf-8')
     learn = vit_learner(loaders(), pretrained=w)
@@ -1102,6 +1125,24 @@ def test_predict_explain_and_learn(name, pictures, tmp_path):
     learn.loss_func(learn.model(x), y).backward()
     learn.opt.step()
     assert (learn.model.head.weight != 0).any()          # with a head of zeros, no gradient passes it at first
+
+def test_clips_of_timm_name_no_classes(pictures, tmp_path):
+    "Their head has a bias of zeros; one that was trained for classes has another, and keeps its numbers"
+    from vit_nbdev.runs import predict
+    from vit_nbdev.serve import server
+    theirs = timm_model('clip')
+    for bias, labels in ((0., ()), (0.1, tuple('01234'))):
+        theirs.head.bias.data.fill_(bias)
+        model = load_pretrained(theirs.state_dict())
+        assert model.preprocessing.labels == labels
+        if labels: assert predict(model, pictures[0])[0]['class'] in labels
+        else:
+            with pytest.raises(ValueError, match='computes features and names no classes'): predict(model, pictures[0])
+            with pytest.raises(ValueError, match='names no classes'): server(model, port=0)
+    theirs.head.bias.data.zero_()
+    assert load_pretrained(theirs.state_dict(), n_classes=3).preprocessing.labels == ('0', '1', '2')
+    model.preprocessing = replace(model.preprocessing, labels=())       # made by hand: numbers, as before
+    assert predict(model, pictures[0])[0]['class'].isdecimal()
 
 def test_weights_to_begin_with_have_the_sizes_that_chapter_05_says(monkeypatch):
     timm = pytest.importorskip('timm', reason='needs timm, whose models are counted')

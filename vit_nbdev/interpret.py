@@ -407,7 +407,7 @@ def head_similarity(
 
 # %% ../nbs/06_interpret.ipynb #1e4847b6
 def embedding_map(
-    model: ViT,                       # any configuration
+    model: ViT,                       # any configuration; without classes nothing is called a mistake
     x: Tensor,                        # images `(b c h w)`, normalised as in training: a few thousand at most
     y: Tensor,                        # their classes `(b)`
     preprocessing: Preprocessing|dict|None = None,  # as in `show_attention`
@@ -421,20 +421,21 @@ def embedding_map(
         raise ValueError(f"there are {len(x)} images and {len(y)} classes, expected as many, and three or more")
     with _evaluating(model), torch.no_grad():
         pooled = torch.cat([model.pool(model.forward_features(part)) for part in _images(x).split(bs)])
-        wrong = (model.head(pooled).argmax(dim=1) != y).cpu()
+        wrong = (model.head(pooled).argmax(dim=1) != y).cpu() if model.config.n_classes else None
     tsne = TSNE(perplexity=min(30, (len(x) - 1)/3), random_state=seed)
     xy = tsne.fit_transform(pooled.float().cpu().numpy())
     fig, ((ax,),) = new_figure(figsize=(5.2, 4.2))
     outline = [withStroke(linewidth=3, foreground='white')]
-    for i, label in enumerate(_labels(model, preprocessing)):
+    for i, label in enumerate(_labels(model, preprocessing) or map(str, range(int(y.max()) + 1))):
         part = xy[(y == i).cpu()]
         if not len(part): continue
         ax.scatter(*part.T, s=6, color=f'C{i % 10}', linewidths=0)
         ax.annotate(label, np.median(part, axis=0), xytext=(0, 9), textcoords='offset points', ha='center',
                     fontweight='bold', path_effects=outline, parse_math=False)
-    mistakes = f'mistakes: {wrong.sum()} of {len(y)}'
-    ax.scatter(*xy[wrong].T, s=28, marker='x', color='black', linewidths=1, label=mistakes)
-    ax.legend(loc='upper left', fontsize=8)
+    if wrong is not None:
+        mistakes = f'mistakes: {wrong.sum()} of {len(y)}'
+        ax.scatter(*xy[wrong].T, s=28, marker='x', color='black', linewidths=1, label=mistakes)
+        ax.legend(loc='upper left', fontsize=8)
     ax.set(xticks=[], yticks=[])
     return fig
 

@@ -9,7 +9,7 @@ __all__ = ['TIMM', 'FACEBOOK', 'TORCHVISION', 'OPENAI', 'TRANSFORMERS', 'CLIP', 
            'load_pretrained', 'to_timm', 'to_torchvision']
 
 # %% ../nbs/05_pretrained.ipynb #580d712d
-import argparse, csv, json, math, pickle, re, zipfile
+import argparse, csv, errno, json, math, pickle, re, zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -463,6 +463,7 @@ def _read_onnx(path):
     try: import onnx
     except ImportError: raise ImportError(f"to read {path}: pip install onnx") from None
     try: graph = onnx.load(path).graph
+    except (OSError, MemoryError): raise
     except Exception as e: raise ValueError(f"{path} can't be read: it is truncated, or no .onnx file") from e
     w = {x.name: torch.from_numpy(onnx.numpy_helper.to_array(x).copy()) for x in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == 'MatMul'}
@@ -545,10 +546,12 @@ def _read_file(path):
     except UnpicklingError as e:
         raise ValueError(f"{path} is refused: it is damaged, or a pickle that holds more than weights "
                          "and could run code; save model.state_dict() instead") from e
-    except ImportError: raise
-    except (SafetensorError, BadZipFile, RuntimeError, ValueError, EOFError, OSError, TypeError, KeyError, MemoryError,
+    except (ImportError, MemoryError): raise
+    except (SafetensorError, BadZipFile, RuntimeError, ValueError, EOFError, OSError, TypeError, KeyError,
             AttributeError, IndexError) as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        why = getattr(e, 'strerror', None) or (str(e).splitlines()[0] if str(e) else type(e).__name__)
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:         # torch looks beyond the end of a cut file
+            raise type(e)(f"{path} can't be read ({why})") from e
         what = f"it is truncated, or no {path.suffix} file; fetch it again"
         raise ValueError(f"{path} can't be read ({why}): {what}") from e
 
@@ -716,6 +719,7 @@ TYPES = {   # transformers' model_type: what is assumed where config.json is sil
     'ijepa': (1e-12, 'gelu', 'ViT'), 'vit_mae': (1e-12, 'gelu', 'ViT'), 'dinov2': (1e-6, 'gelu', 'Bit'),
     'dinov2_with_registers': (1e-6, 'gelu', 'Bit'), 'dinov3_vit': (1e-5, 'gelu', 'DINOv3ViT'),
     'clip_vision_model': (1e-5, 'quick_gelu', 'CLIP'), 'siglip_vision_model': (1e-6, 'gelu_pytorch_tanh', 'Siglip')}
+_HEADS = dict(dinov3_vit=6)      # likewise, where it is not 12
 
 def _transformers_facts(c, p):
     "Of transformers' config.json and preprocessor_config.json"
@@ -729,7 +733,7 @@ def _transformers_facts(c, p):
     act, size, eps = c.get('hidden_act', act), c.get('image_size', 224), c.get('layer_norm_eps', eps)
     if act not in ACTS: raise _variant(f'hidden_act={act!r}')
     config = dict(act='silu' if c.get('use_swiglu_ffn') else ACTS[act], norm_eps=eps, img_size=_size(size),
-                  n_heads=c.get('num_attention_heads', 12))
+                  n_heads=c.get('num_attention_heads', _HEADS.get(kind, 12)))
     if kind == 'dinov3_vit':
         if c.get('rope_theta', 100.0) != 100: raise _variant(f"rotary positions with rope_theta={c['rope_theta']!r}")
         config['rotary'] = 'dinov3'
@@ -768,7 +772,9 @@ def _preprocessing(origin, facts, old, new, changes):
     labels = facts.get('labels')
     if labels is None and old.n_classes == new.n_classes:
         labels = _imagenet(facts.get('library', origin), new.n_classes)
-    if labels is None or len(labels) != new.n_classes: labels = [str(i) for i in range(new.n_classes)]
+    if labels is None or len(labels) != new.n_classes:
+        embedding = facts.get('embedding') and old.n_classes == new.n_classes
+        labels = () if embedding else [str(i) for i in range(new.n_classes)]
     return replace(prep, labels=tuple(labels))
 
 # %% ../nbs/05_pretrained.ipynb #f993738b
@@ -884,8 +890,10 @@ def _fold(w, origin, facts, changes, report):
         names = ('attn_pool.', 'encoder.norm.') if origin == 'transformers_clip' else ('attn_pool.',)
         for name in [name for name in w if name.startswith(names)]: del w[name]
         changes = dict(pool='mean') | changes
-    if 'head.weight' in w and 'head.bias' not in w:
-        w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
+    bare = 'head.weight' in w and 'head.bias' not in w
+    if bare: w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
+    if bare or {'embed_norm.weight', 'head.bias'} <= set(w) and not w['head.bias'].any():    # timm stores CLIP's as zeros
+        facts['embedding'] = True
         report.append("the head has no bias: it leads into the space that images share with texts, not to classes")
     _zero_biases(w)
     if origin == 'dinov3' and (bias := [name for name in w if name.endswith('attn.qkv.bias')]):
@@ -958,7 +966,7 @@ def _check_bare(w, origin, said, changes):
     "Raise an error where names alone would be taken for another model's; what is to be said where they may be"
     def refuse(what):
         raise ValueError(f"these {what}: load the folder that has timm's config.json beside them")
-    eva = any(re.search(r'mlp\.fc1_g|attn\.q_bias', name) for name in w) and 'blocks.0.norm1.bias' in w
+    gated, eva = (any(part in name for name in w) for part in ('mlp.fc1_g', 'attn.q_bias'))
     attention_pool, last_norm = 'attn_pool.latent' in w, {'norm.weight', 'fc_norm.weight'} & set(w)
     if 'norm_pre.weight' in w and (attention_pool or not last_norm) or 'conv1.weight' in w and 'attn_pool.probe' in w:
         refuse("look like the weights of a Perception Encoder, whose rotary positions are not among them")
@@ -967,7 +975,9 @@ def _check_bare(w, origin, said, changes):
     if origin != 'timm': return []
     if 'reg_token' in w and 'pos_embed' not in w:
         refuse("have registers and no positions, which are rotary then, of a kind that names don't tell")
-    if eva: refuse("look like the weights of an EVA model, whose names don't tell if its positions are rotary")
+    if (gated or eva) and 'blocks.0.norm1.bias' in w:
+        refuse("look like the weights of an EVA model, whose names don't tell if its positions are rotary")
+    if gated: refuse("look like the weights of AIMv2, whose names don't tell how many heads it has")
     if 'fc_norm.weight' in w and not {'cls_token', 'reg_token', 'blocks.0.attn.qkv.bias'} & set(w):
         refuse("look like weights with norms behind the branches (rpn), which have the names of those before them")
     if not {'blocks.0.gamma_1', 'pos_embed'} <= set(w) or 'rotary' in changes: return []

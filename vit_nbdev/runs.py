@@ -998,7 +998,8 @@ def _classify(model, prep, pixels, results, features, look):
 def _ready(run, images, device, features):
     "Model, preprocessing, and pairs of a name and an image; complains before any picture is read"
     model, prep = _on(device, run)
-    if not model.config.n_classes and not features:
+    named = model.config.n_classes and (prep.labels or model.head.bias.any())     # CLIP's head leads to no classes
+    if not named and not features:
         raise ValueError("the model computes features and names no classes: ask for them (--features, features=True), "
                          "or give it classes with vit_learner(dls, pretrained=...), and train")
     return model, prep, _images(images)
