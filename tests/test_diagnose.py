@@ -175,6 +175,34 @@ def test_masks_are_checked():
     with pytest.raises(ValueError, match='n = 9'): diagnose(bugs.Decoder(), ids, mask=everything[:4, :7])
     assert diagnose(bugs.Decoder(), ids, mask=everything.tril(), show=False)
 
+def test_a_mask_of_padding_is_not_read_as_queries_by_keys():
+    "Of eight texts of three tokens three are looked at, which makes no (3 3) of the mask; where b is n, that is said"
+    keep = torch.arange(3) < torch.tensor([2, 1, 3, 3, 3, 2, 1, 3])[:, None]
+    given = dict(x=(torch.randint(11, (8, 3)), keep), mask=keep, show=False)
+    bug = next(b for b in bugs.CATALOGUE if b.name == 'padding mask not passed on')
+    assert diagnose(bugs.PaddedEncoder(), **given)
+    assert ('mask', bug.module) in [(f.check, f.module) for f in diagnose(bug.make(), **given)]
+    few = [t[:3] for t in given['x']]
+    with pytest.raises(ValueError, match=r'\(3, 3\) may be \(n n\) or \(b n\), as x holds 3 examples of 3 tokens'):
+        diagnose(bugs.PaddedEncoder(), tuple(few), mask=keep[:3])
+    with pytest.raises(ValueError, match='expected torch.bool, .* with n = 3 and b = 8'):
+        diagnose(bugs.PaddedEncoder(), given['x'], mask=keep[:5])
+
+@pytest.mark.parametrize('smoothing', [0., .1])
+def test_a_loss_that_is_summed(smoothing):
+    "A sum is as many times larger as there are examples: the right model is healthy, a huge head is not"
+    given, summed = bugs.images(), nn.CrossEntropyLoss(reduction='sum', label_smoothing=smoothing)
+    assert diagnose(bugs.ViT(), **given, loss_func=summed, show=False)
+    huge = next(b for b in bugs.CATALOGUE if b.name == 'head with huge weights')
+    assert 'loss' in [f.check for f in diagnose(huge.make(), **huge.given(), loss_func=summed, show=False)]
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_a_loss_of_logarithms(reduction):
+    "It takes no logits, of which equal ones would be zeros"
+    class Logarithms(bugs.ViT):
+        def forward(self, x): return super().forward(x).log_softmax(-1)
+    assert diagnose(Logarithms(), **bugs.images(), loss_func=nn.NLLLoss(reduction=reduction), show=False)
+
 def test_skip_and_report(capsys):
     report = diagnose(bugs.ViT(attn=bugs.NotScaled), **bugs.images(), skip=['attention'])
     assert report and 'attention' not in report.checks and len(report.checks) == len(CHECKS) - 1
@@ -322,3 +350,18 @@ def test_callback_stops_before_a_step_or_warns():
     well = learner(bugs.ViT())
     with well.no_logging(): well.fit(1)
     assert well.diagnose.report
+
+@pytest.mark.parametrize('name', ['MixUp', 'CutMix'])
+def test_callback_beside_a_mixup(name):
+    "It puts a loss in place of the learner's that can't be computed yet; the one underneath is checked"
+    mixup = pytest.importorskip('fastai.callback.mixup')
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from vit_nbdev.diagnose import diagnose_callback
+    data = list(zip(torch.rand(16, 1, 16, 16), torch.arange(16) % 5))
+    dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
+    learn = Learner(dls, bugs.ViT(), CrossEntropyLossFlat(), cbs=[getattr(mixup, name)(0.2), diagnose_callback()])
+    with learn.no_logging(): learn.fit(1)
+    assert worse_than_notes(learn.diagnose.report) == [] and learn.diagnose.report.checks == list(CHECKS)

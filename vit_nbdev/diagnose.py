@@ -287,15 +287,18 @@ def _as_arguments(x):
     if isinstance(x, Mapping): return (), dict(x)
     return (tuple(x) if isinstance(x, (tuple, list)) else (x,)), {}
 
-def _allowed(content, causal, mask, take):
-    "The mask that `causal` stands for, or the one given, checked"
+def _allowed(content, causal, mask, size, take):
+    "The mask that `causal` stands for, or the one given, checked: (n n), or for padding of the few examples (b 1 n)"
     if mask is None and not causal: return None
     n = next((t.shape[1] for t in content if t.ndim in (2, 3)), 0)
     if not n: raise ValueError('causal and mask need tokens, (b n) or (b n d); x has none')
     if mask is None: return torch.ones(n, n, dtype=torch.bool).tril()
-    if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != n: raise ValueError(
-        f'mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool, (n n) or (b n) with n = {n}')
-    return mask if len(mask) == n else take(mask)
+    shape = tuple(mask.shape)
+    if mask.dtype != torch.bool or shape not in ((n, n), (size, n)): raise ValueError(
+        f'mask is {mask.dtype} of shape {shape}; expected torch.bool, (n n) or (b n) with n = {n} and b = {size}')
+    if n == size: raise ValueError(
+        f'mask of shape {shape} may be (n n) or (b n), as x holds {n} examples of {n} tokens: give x of another size')
+    return mask if len(mask) == n else take(mask)[:, None]
 
 # %% ../nbs/07_diagnose.ipynb #95569c26
 def jitter(
@@ -367,7 +370,7 @@ class Probe(_Changes):
         y=None,         # targets (b, ...); without them the loss is not looked at
         loss_func=None, # (output, y) -> scalar; default: cross-entropy, for integer targets
         causal=False,   # may the output at a token depend only on that token and those before it?
-        mask=None,      # bool, True where information may flow: (n n) query by key, or (b n), False at padding
+        mask=None,      # bool, True where information flows: (n n) query by key, or (b n), b not n, False at padding
         output=None     # model output -> the tensor to look at; default: `first_output`
     ):
         rows, size = _few(x, y)
@@ -376,7 +379,7 @@ class Probe(_Changes):
         self.model, self.size, self.output = model, len(rows), output or first_output
         self.x, self.y = map_tensors(take, _as_arguments(x)), None if y is None else take(y)
         self.content = [t for t in tensors(self.x) if is_content(t) and len(t) == self.size]
-        self.mask = _allowed(self.content, causal, mask, take)
+        self.mask = _allowed(self.content, causal, mask, size, take)
         self.loss_func = loss_func or (_cross_entropy if y is not None and not y.is_floating_point() else None)
         self.true = {n: p.detach().clone() for n, p in model.named_parameters()}
         with undisturbed(model): self.state = {n: jitter(p) for n, p in self.true.items()}
@@ -527,7 +530,7 @@ def check_training_batch(p: Probe) -> list[Finding]:
 # %% ../nbs/07_diagnose.ipynb #60ee38ce
 def _hidden(mask):
     "What to change and what must then stay: (tokens to replace (n), tokens to look at (n), row of the batch or None)"
-    if mask.shape[0] != mask.shape[1]: return [(~row, row, i) for i, row in enumerate(mask) if not row.all()]
+    if mask.ndim == 3: return [(~row, row, i) for i, (row,) in enumerate(mask) if not row.all()]     # padding
     n = len(mask)
     reach = (mask | torch.eye(n, dtype=torch.bool)).float()
     for _ in range(n.bit_length()): reach = (reach @ reach > 0).float()   # over any number of layers
@@ -957,6 +960,13 @@ def _training_loss(p, state, rows=slice(None)):
     with Calm(): out = p.run(p.only(rows), state=state, train=True)
     return out, p.loss_func(out, p.y[rows])
 
+def _even(p, out, rows=slice(None)):
+    "The loss of equal probabilities, and how many times that is what their mean in nats would be"
+    c = out.shape[-1 if p.y.shape == out.shape[:-1] else 1]
+    equal = -math.log(c) if (out <= 0).all() else 1/c      # logarithms, or probabilities; of logits any number
+    even = p.loss_func(torch.full_like(out, equal), p.y[rows]).item()
+    return even, even/math.log(max(c, 2))
+
 def check_loss(p: Probe) -> list[Finding]:
     "A loss at the start that is far from that of equal probabilities, and probabilities where the loss takes logits"
     if p.y is None or p.loss_func is None or p.y.is_floating_point(): return []
@@ -968,9 +978,9 @@ def check_loss(p: Probe) -> list[Finding]:
         return [Finding('loss', 'error', '', out.sum(axis).mean().item(),
                         'is what the outputs sum to: they are probabilities',
                         'This loss applies softmax itself; return the logits.')]
-    even = math.log(out.shape[axis])
-    detail = f'is the loss; equal probabilities cost ln({out.shape[axis]}) = {even:.3g}'
-    if loss > 1.5*even + .5:
+    even, times = _even(p, out)
+    detail = f'is the loss; equal probabilities cost {even:.3g}'
+    if loss > 1.5*even + .5*times:
         return [Finding('loss', 'warning', '', loss, detail, 'Are the logits too large, or the targets shifted?')]
     if loss < .5*even:
         return [Finding('loss', 'note', '', loss, detail, 'Fine if it is trained; otherwise the targets leak in.')]
@@ -1003,9 +1013,11 @@ def check_overfit(
     two = labels.ndim == 1 and not labels.is_floating_point() and len(labels.unique()) == 2
     for _ in range(steps):
         state = p.true | {n: w.to(p.true[n].dtype) for n, w in weights.items()}
-        loss = _training_loss(p, state, rows)[1]
+        out, loss = _training_loss(p, state, rows)
         losses.append(loss.item())
-        goal = .75*math.log(2) if two else .5*losses[0]   # an answer that is the same for both costs ln 2 at least
+        if len(losses) == 1:      # an answer that is the same for both costs ln 2 at least, or in a sum twice that
+            times = max(1, _even(p, out, rows)[1]) if two and out.ndim > 1 else 1
+            goal = .75*math.log(2)*times if two else .5*losses[0]
         if losses[-1] < goal: return []
         if not _descend(list(weights.values()), loss, size): break
     detail = f'is the lowest loss on two examples in {len(losses)} steps, from {losses[0]:.3g}; goal {goal:.3g}'
@@ -1037,7 +1049,7 @@ def diagnose(
     y=None,         # targets (b, ...); without them the loss is not looked at
     loss_func=None, # (output, y) -> scalar; default: cross-entropy, for integer targets
     causal=False,   # may the output at a token depend only on that token and those before it?
-    mask=None,      # bool, True where information may flow: (n n) query by key, or (b n), False at padding
+    mask=None,      # bool, True where information flows: (n n) query by key, or (b n), b not n, False at padding
     output=None,    # model output -> the tensor to look at; default: `first_output`
     skip=(),        # names of checks to leave out, from `CHECKS`
     show=True       # print the report?
@@ -1075,7 +1087,9 @@ def diagnose_callback(
         def before_batch(self):
             if self.report is not None or not self.training: return
             y = self.yb[0] if len(self.yb) == 1 else None
-            self.report = diagnose(self.model, tuple(self.xb), y, self.loss_func, **{'show': False} | kwargs)
+            mixed = getattr(self.loss_func, '__self__', None)     # fastai's MixUp or CutMix puts its own in place of it
+            loss = getattr(mixed, 'old_lf', self.loss_func)
+            self.report = diagnose(self.model, tuple(self.xb), y, loss, **{'show': False} | kwargs)
             if self.report: return
             if stop: raise NotHealthy(self.report)
             warnings.warn(str(self.report))
