@@ -7,7 +7,7 @@ import yaml
 
 from vit_nbdev import export as module
 from vit_nbdev.cli import vit_export
-from vit_nbdev.export import Deployed, export, largest_difference, push_to_hub
+from vit_nbdev.export import Deployed, export, largest_difference, model_card, push_to_hub
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import load_model, save_model, train
@@ -105,7 +105,6 @@ def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
     config = json.loads((run/'config.json').read_text())
     config['settings'] |= dict(path='/home/me/secret/pictures', pretrained='/home/me/weights')
     (run/'config.json').write_text(json.dumps(config))
-    (run/'README.md').unlink()
     push_to_hub(run, 'me/digits')
     card = (hub/'me/digits/README.md').read_text()
     assert '- pretrained: weights\n' in card and '/home/me' not in card
@@ -115,7 +114,7 @@ def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
 def test_the_card_has_the_figures_of_the_run(run, hub):
     "What a stranger must know, and metadata that the hub can read; a card that was edited stays"
     push_to_hub(run, 'me/my-digits')
-    card, config = (run/'README.md').read_text(), json.loads((run/'config.json').read_text())
+    card, config = (hub/'me/my-digits/README.md').read_text(), json.loads((run/'config.json').read_text())
     facts = yaml.safe_load(card.split('---')[1])
     assert facts['model-index'][0]['results'][0]['metrics'] == [dict(type='accuracy', value=config['test_accuracy'])]
     assert facts['library_name'] == 'vit_nbdev' and 'license' not in facts and '\n# license: yours to say' in card
@@ -124,9 +123,16 @@ def test_the_card_has_the_figures_of_the_run(run, hub):
                   "load_pretrained('me/my-digits')", 'Kept is epoch 1 of 1', '- img_size: (8, 8)', '- batch size: 128',
                   '- recipe: digits'):
         assert words in card, words
+    push_to_hub(run, 'me/other')
+    other = (hub/'me/other/README.md').read_text()
+    assert "load_pretrained('me/other')" in other and 'my-digits' not in other
+    assert not (run/'README.md').exists()
     (run/'README.md').write_text('mine')
     push_to_hub(run, 'me/my-digits')
-    assert (hub/'me/my-digits/README.md').read_text() == 'mine'
+    assert (hub/'me/my-digits/README.md').read_text() == (run/'README.md').read_text() == 'mine'
+    del config['balanced_accuracy']                     # of a run that says less, the card says no more
+    (run/'config.json').write_text(json.dumps(config))
+    assert 'of the classes is' not in (card := model_card(run, 'me/x')) and ' %). This is one training' in card
 
 def test_a_run_that_was_never_tested_says_so(run, hub, tmp_path):
     model, _ = load_model(run)
@@ -149,6 +155,13 @@ def test_a_hub_that_cant_be_reached_or_written_to(run, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(hub.HfApi, 'create_repo', refuse)
         with pytest.raises(PermissionError, match='without a token that may: log in with `hf auth login`'):
+            push_to_hub(run, 'me/digits')
+    def full(self, *_, **__):
+        answer = types.SimpleNamespace(headers={}, request=None, status_code=413)
+        raise hub.errors.HfHubHTTPError('Client error', response=answer, server_message='your storage is full')
+    with monkeypatch.context() as m:
+        m.setattr(hub.HfApi, 'create_repo', full)
+        with pytest.raises(OSError, match=r'answers 413 to the upload to me/digits \(your storage is full\)'):
             push_to_hub(run, 'me/digits')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(ImportError, match=r"needs huggingface_hub: pip install 'vit_nbdev\[hub\]'"):

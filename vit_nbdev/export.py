@@ -136,10 +136,11 @@ def _how_good(config):
         return f"Never tested. In {kept} {config['epochs']} epochs: {said}." if said else 'Never tested.'
     n, accuracy = config['n_test'], config['test_accuracy']
     low, high = map(percent, wilson(round(accuracy*n), n))
-    right, also = 'are classified rightly', f"mean of the classes is {percent(config.get('balanced_accuracy', 0))}"
+    right, also = 'are classified rightly', ''
+    if (mean := config.get('balanced_accuracy')) is not None: also = f", the mean of the classes is {percent(mean)}"
     if (f1 := config.get('mean_f1')) is not None:
-        right, also = 'have all their labels right', f"labels' mean F1 is {percent(f1)}"
-    said = (f"{percent(accuracy)} of {n:,} test images {right} (95 % interval {low} to {high}), the {also}. This is "
+        right, also = 'have all their labels right', f", the labels' mean F1 is {percent(f1)}"
+    said = (f"{percent(accuracy)} of {n:,} test images {right} (95 % interval {low} to {high}){also}. This is "
             f"one training, with seed {config['settings']['seed']}; the test images had no part in it.")
     if 'best_epoch' in config: said += f" Kept is epoch {config['best_epoch']} of {config['epochs_trained']}."
     if 'tta_accuracy' in config:
@@ -197,7 +198,7 @@ predict(model, 'picture.jpg')
 _UPLOADED = ('README.md', 'model.safetensors', 'metrics.csv', 'curves.png', 'confusion.png')   # no image of the data
 
 def push_to_hub(
-    run: str|Path,        # a run folder; its README.md is made by `model_card` if there is none
+    run: str|Path,        # a run folder; where it has no README.md, one by `model_card` is uploaded
     repo: str,            # owner/name
     private: bool = True,  # nobody else sees it, until its page on the hub says otherwise
 ) -> str:                 # the address
@@ -205,20 +206,24 @@ def push_to_hub(
     try: from huggingface_hub import HfApi, errors
     except ImportError: raise ImportError("the hub needs huggingface_hub: pip install 'vit_nbdev[hub]'") from None
     run, config = Path(run), load_model(run)[1]
-    if not (run/'README.md').is_file(): (run/'README.md').write_text(model_card(run, repo), encoding='utf-8')
     for name, value in config.get('settings', {}).items():      # what a folder of yours is called is nobody's business
         if isinstance(value, str) and os.path.isabs(value): config['settings'][name] = Path(value).name
     with TemporaryDirectory() as folder:
         for name in _UPLOADED:
             if (run/name).is_file(): shutil.copy(run/name, folder)
         (Path(folder)/'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+        if not (card := Path(folder)/'README.md').is_file(): card.write_text(model_card(run, repo), encoding='utf-8')
         try:
             HfApi().create_repo(repo, private=private, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder)
         except (errors.HTTPError, OSError) as e:
-            if getattr(getattr(e, 'response', None), 'status_code', None) in (401, 403):
+            status = getattr(getattr(e, 'response', None), 'status_code', None)
+            if status in (401, 403):
                 raise PermissionError(f"the hub lets nobody write to {repo} without a token that may: "
                                       "log in with `hf auth login`") from e
+            if status:
+                why = getattr(e, 'server_message', None) or ' '.join(str(e).split())
+                raise OSError(f"the hub answers {status} to the upload to {repo} ({why}); {run} is whole") from e
             raise ConnectionError(f"the hub can't be reached, nothing was uploaded, and {run} is whole: "
                                   "try again with a network") from e
     return f'https://huggingface.co/{repo}'
