@@ -892,7 +892,7 @@ def _fold(w, origin, facts, changes, report):
         changes = dict(pool='mean') | changes
     bare = 'head.weight' in w and 'head.bias' not in w
     if bare: w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
-    if bare or {'embed_norm.weight', 'head.bias'} <= set(w) and not w['head.bias'].any():    # timm stores CLIP's as zeros
+    if bare or {'embed_norm.weight', 'head.bias'} <= set(w) and not w['head.bias'].any():     # timm has zeros
         facts['embedding'] = True
         report.append("the head has no bias: it leads into the space that images share with texts, not to classes")
     _zero_biases(w)
