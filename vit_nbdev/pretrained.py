@@ -890,9 +890,8 @@ def _fold(w, origin, facts, changes, report):
         names = ('attn_pool.', 'encoder.norm.') if origin == 'transformers_clip' else ('attn_pool.',)
         for name in [name for name in w if name.startswith(names)]: del w[name]
         changes = dict(pool='mean') | changes
-    bare = 'head.weight' in w and 'head.bias' not in w
-    if bare: w['head.bias'] = w['head.weight'].new_zeros(len(w['head.weight']))
-    if bare or {'embed_norm.weight', 'head.bias'} <= set(w) and not w['head.bias'].any():     # timm has zeros
+    if _embeds(w):
+        w.setdefault('head.bias', w['head.weight'].new_zeros(len(w['head.weight'])))
         facts['embedding'] = True
         report.append("the head has no bias: it leads into the space that images share with texts, not to classes")
     _zero_biases(w)
@@ -903,6 +902,12 @@ def _fold(w, origin, facts, changes, report):
     return changes
 
 # %% ../nbs/05_pretrained.ipynb #b980ef63
+def _embeds(w):
+    "Does the head lead into the space that images share with texts? It has no bias, or in timm's CLIP one of zeros"
+    if 'head.weight' not in w: return False
+    bias = w.get('head.bias')
+    return bias is None or 'embed_norm.weight' in w and not bias.is_meta and not bias.any()
+
 def _zero_biases(w):
     "In place: zeros for the linear layers that have no bias in any block"
     for layer in ('attn.proj', 'mlp.fc1', 'mlp.fc2'):
