@@ -1128,7 +1128,7 @@ def test_predict_explain_and_learn(name, pictures, tmp_path):
 
 def test_clips_of_timm_name_no_classes(pictures, tmp_path):
     "Their head has a bias of zeros; one that was trained for classes has another, and keeps its numbers"
-    from vit_nbdev.runs import predict
+    from vit_nbdev.runs import load_model, predict, save_model
     from vit_nbdev.serve import server
     theirs = timm_model('clip')
     for bias, labels in ((0., ()), (0.1, tuple('01234'))):
@@ -1139,6 +1139,11 @@ def test_clips_of_timm_name_no_classes(pictures, tmp_path):
         else:
             with pytest.raises(ValueError, match='computes features and names no classes'): predict(model, pictures[0])
             with pytest.raises(ValueError, match='names no classes'): server(model, port=0)
+            found, = predict(model, pictures[0], features=True)
+            assert found['features'].shape == (model.config.dim,) and 'class' not in found
+            save_model(model, tmp_path/'clip', model.preprocessing)
+            again, _ = load_model(tmp_path/'clip')
+            assert again.preprocessing.labels == () and torch.equal(again.head.weight, model.head.weight)
     theirs.head.bias.data.zero_()
     assert load_pretrained(theirs.state_dict(), n_classes=3).preprocessing.labels == ('0', '1', '2')
     model.preprocessing = replace(model.preprocessing, labels=())       # made by hand: numbers, as before

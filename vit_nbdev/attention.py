@@ -160,9 +160,9 @@ def _kernel(q, k, v, attn_mask=None, **kwargs):
     return F.scaled_dot_product_attention(q, k, v, attn_mask, **kwargs)
 
 class FusedAttention(nn.Module):
-    """`scaled_dot_product_attention` by torch: where it has a fused kernel for it, the weights are never stored (Dao 2022)
+    """torch's `scaled_dot_product_attention`: where there is a fused kernel, the weights are never stored (Dao 2022)
 
-    With dropout on a CPU it has none."""
+    There is none for dropout on a CPU."""
     def __init__(self, dropout: float = 0.):  # probability with which a weight is dropped in training
         super().__init__()
         self.dropout = dropout

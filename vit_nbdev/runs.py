@@ -550,6 +550,7 @@ def _check_pair(c, prep):
     h, w = prep.img_size
     wanted = dict(labels=c.n_classes, img_size=c.img_size, in_chans=c.in_chans)
     found = dict(labels=len(prep.labels), img_size=h if h == w else (h, w), in_chans=prep.in_chans)
+    if c.embed_norm and not prep.labels: del wanted['labels']       # CLIP names no classes
     for name, value in wanted.items():
         if found[name] != value: raise ValueError(f"preprocessing has {name} for {found[name]}, the model for {value}")
 
@@ -954,6 +955,10 @@ def _on(device, run):
     model, prep = trained_model(run)
     return (model if given else model.to(device)), prep
 
+def _names_classes(model, prep):
+    "Does the head name classes? CLIP's does not: it leads into the space that images share with texts"
+    return model.config.n_classes and (prep.labels or model.head.bias.any())
+
 # %% ../nbs/09_runs.ipynb #run00013
 def _ahead(f, items, n, workers):
     "`map(f, items)` in threads, which are at most `n` items ahead of whoever asks"
@@ -986,7 +991,7 @@ def _classify(model, prep, pixels, results, features, look):
         if features:
             seen, say = [model.pool(model.forward_features(x)) for x in seen], model.head
             for result, row in zip(results, seen[0].float().cpu().numpy(), strict=True): result['features'] = row
-        if not model.config.n_classes: return
+        if not _names_classes(model, prep): return
         probabilities = torch.stack([prep.probabilities(say(x).float()) for x in seen]).mean(0)
     for result, p in zip(results, probabilities.cpu().tolist(), strict=True):
         index = max(range(len(p)), key=p.__getitem__)
@@ -998,8 +1003,7 @@ def _classify(model, prep, pixels, results, features, look):
 def _ready(run, images, device, features):
     "Model, preprocessing, and pairs of a name and an image; complains before any picture is read"
     model, prep = _on(device, run)
-    named = model.config.n_classes and (prep.labels or model.head.bias.any())     # CLIP's head leads to no classes
-    if not named and not features:
+    if not features and not _names_classes(model, prep):
         raise ValueError("the model computes features and names no classes: ask for them (--features, features=True), "
                          "or give it classes with vit_learner(dls, pretrained=...), and train")
     return model, prep, _images(images)
