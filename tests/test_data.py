@@ -361,7 +361,7 @@ def test_more_than_fits_is_refused_before_anything_is_read(tmp_path, monkeypatch
 
 def test_free_memory_is_what_a_container_has_left(tmp_path, monkeypatch):
     monkeypatch.setattr(data.psutil, 'virtual_memory', lambda: SimpleNamespace(available=64e9))
-    monkeypatch.setattr(data, 'CGROUP', tmp_path)
+    monkeypatch.setattr(data, '_CGROUP', tmp_path)
     prep = SimpleNamespace(img_size=(8, 8), in_chans=1)
     assert data._memory(2, prep) == (128, 64e9)
     files = {'memory.max': '8000\n', 'memory.current': '7000\n', 'memory.stat': 'anon 6000\ninactive_file 500\n'}

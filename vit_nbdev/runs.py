@@ -782,6 +782,13 @@ def _check_compiler(device):
     if not any(shutil.which(name) for name in (os.environ.get('CXX') or 'g++', 'clang++')):
         raise OSError("--compile needs a C++ compiler, and there is none here: install g++, or leave out --compile")
 
+def _check_precision(precision, device):
+    "ValueError if a device does not compute in it"
+    if precision in ('bf16', 'fp16') and device.type == 'mps':       # fastai's mixed precision is for CUDA
+        raise ValueError(f"precision {precision} is not for the device mps: use fp32 or auto")
+    if precision == 'fp16' and device.type != 'cuda':
+        raise ValueError(f"precision fp16 needs a GPU, the device is {device}: use fp32, bf16 or auto")
+
 # %% ../nbs/09_runs.ipynb #8bc8830f
 FEWEST_STEPS = 120    # of fine-tuning, where nobody names the epochs: few images are seen more often
 
@@ -879,10 +886,7 @@ def train(
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
         if _is_table(s['path']): name = Path(name).stem
         out = _free_name(Path('runs'), name) if out is None else Path(out)
-    if s['precision'] in ('bf16', 'fp16') and device.type == 'mps':       # fastai's mixed precision is for CUDA
-        raise ValueError(f"precision {s['precision']} is not for the device mps: use fp32 or auto")
-    if s['precision'] == 'fp16' and device.type != 'cuda':
-        raise ValueError(f"precision fp16 needs a GPU, the device is {device}: use fp32, bf16 or auto")
+    _check_precision(s['precision'], device)
     _check_logger(s['log'])
     device = _join_processes(device)
     def say(text):
