@@ -1128,7 +1128,8 @@ def test_predict_explain_and_learn(name, pictures, tmp_path):
 
 def test_clips_of_timm_name_no_classes(pictures, tmp_path):
     "Their head has a bias of zeros; one that was trained for classes has another, and keeps its numbers"
-    from vit_nbdev.runs import load_model, predict, save_model
+    from vit_nbdev.interpret import show_attention
+    from vit_nbdev.runs import explain, load_model, predict, save_model
     from vit_nbdev.serve import server
     theirs = timm_model('clip')
     for bias, labels in ((0., ()), (0.1, tuple('01234'))):
@@ -1141,6 +1142,13 @@ def test_clips_of_timm_name_no_classes(pictures, tmp_path):
             with pytest.raises(ValueError, match='names no classes'): server(model, port=0)
             found, = predict(model, pictures[0], features=True)
             assert found['features'].shape == (model.config.dim,) and 'class' not in found
+            for overview in (False, True):
+                page = explain(model, pictures[0], tmp_path/f'{overview}.html', overview=overview).read_text('utf-8')
+                assert ('"probs": []' in page) != overview and 'relevance' not in page
+            assert show_attention(model, torch.zeros(3, 32, 32), 'rollout',
+                                  preprocessing=model.preprocessing).axes[0].get_title() == 'image'
+            with pytest.raises(ValueError, match='names no classes: leave the target out'):
+                explain(model, pictures[0], tmp_path/'one.html', target='1')
             save_model(model, tmp_path/'clip', model.preprocessing)
             again, _ = load_model(tmp_path/'clip')
             assert again.preprocessing.labels == () and torch.equal(again.head.weight, model.head.weight)

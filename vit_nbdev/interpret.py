@@ -207,9 +207,14 @@ def _pixels(image, preprocessing):
     else: image = prep.denormalise(image)
     return image.permute(1, 2, 0) if len(image) == 3 else image[0]      # of other numbers of channels, the first
 
+def _names_classes(model, prep):
+    "Does the head name classes? CLIP's does not: it leads into the space that images share with texts"
+    return bool(model.config.n_classes and (prep.labels or model.head.bias.any()))
+
 def _labels(model, preprocessing):
-    "Names of the classes"
+    "Names of the classes, or their numbers; none if the head leads to no classes"
     prep = _preprocessing(preprocessing)
+    if prep is not None and not _names_classes(model, prep): return []
     return [str(name) for name in (prep and prep.labels or range(model.config.n_classes))]
 
 def _probabilities(logits, preprocessing):

@@ -46,7 +46,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, five_crop, resize
 
 from . import __version__
-from .interpret import METHODS, _evaluating, explore, fill_page, show_attention
+from .interpret import METHODS, _evaluating, _names_classes, explore, fill_page, show_attention
 from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
 from .photographs import _readers
 from .preprocessing import Preprocessing, open_image
@@ -959,10 +959,6 @@ def _on(device, run):
     model, prep = trained_model(run)
     return (model if given else model.to(device)), prep
 
-def _names_classes(model, prep):
-    "Does the head name classes? CLIP's does not: it leads into the space that images share with texts"
-    return model.config.n_classes and (prep.labels or model.head.bias.any())
-
 # %% ../nbs/09_runs.ipynb #run00013
 def _ahead(f, items, n, workers):
     "`map(f, items)` in threads, which are at most `n` items ahead of whoever asks"
@@ -1052,7 +1048,7 @@ def _class(prep, n_classes, target):
 
 def _overview(model, prep, pairs, target):
     "A page with a row for each image: what the last block attends to, rollout, and relevance for a class"
-    pictures, methods = [], METHODS if model.config.n_classes else METHODS[:2]
+    pictures, methods = [], METHODS if _names_classes(model, prep) else METHODS[:2]
     for name, image in pairs:
         x = prep.normalise(prep(image).to(next(model.parameters()).device)[None])[0]
         jpeg = io.BytesIO()
@@ -1089,7 +1085,9 @@ def explain(
     if out.is_dir() or out.exists() and not force:
         raise FileExistsError(f"{out} exists: choose another --out, or --force to replace a page")
     model, prep = _on(device, run)
-    if target is not None: target = _class(prep, model.config.n_classes, target)
+    if target is not None:
+        if not _names_classes(model, prep): raise ValueError("the model names no classes: leave the target out")
+        target = _class(prep, model.config.n_classes, target)
     pairs = _images(images)
     if not pairs: raise ValueError("there is no image to explain: name files, or folders of images")
     overview = overview or target is not None or _page_bytes(model, len(pairs), False) > max_mb*1e6
