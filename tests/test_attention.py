@@ -231,6 +231,19 @@ def test_recording_changes_no_bit(training, grad):
     for w in weights.values(): close(w.sum(-1), torch.ones(w.shape[:-1]), 1e-6)
     assert torch.equal(weights['b'] > 0, causal_mask(5).expand(2, 4, 5, 5))
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('mask', [None, causal_mask(6), torch.zeros(6, 6).masked_fill(~causal_mask(6), -torch.inf)])
+def test_weights_are_exact_under_autocast(dtype, mask):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    expected = attention_weights(q.double(), k.double(), mask)
+    attn, x = MultiHeadAttention(8, 2), torch.randn(2, 6, 8)
+    with torch.no_grad(), torch.autocast('cpu', dtype), record_attention(attn) as recorded:
+        weights = attention_weights(q, k, mask)
+        attn(x, mask=mask)
+    assert weights.dtype == recorded[''].dtype == torch.float32
+    assert (weights - expected).abs().max() < 1e-6 and (recorded[''].sum(dim=-1) - 1).abs().max() < 1e-6
+
 def test_recording_in_training_is_before_dropout():
     torch.manual_seed(0)
     net, x = Net(), torch.randn(2, 5, 8)
@@ -303,6 +316,9 @@ def test_bad_input():
         bad(ValueError, r'expected at least \(n, m\)', lambda: attention_weights(x, x, mask))
     bad(ValueError, 'is its first size the batch or the heads',
         lambda: attn(x, mask=torch.ones(2, 5, 5, dtype=torch.bool)))
+    for rows, width in ((6, 4), (5, 2)):
+        bad(ValueError, r'rotary has shapes .*, expected \(m, 4\) twice, with m at most 5',
+            lambda: attn(x, rotary=(torch.ones(rows, width),)*2))
     q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     bad(ValueError, 'q has width 4 but k has 3', lambda: scaled_dot_product_attention(q, k[..., :3], k))
     bad(ValueError, '5 keys but 4 values', lambda: scaled_dot_product_attention(q, k, k[:, :4]))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vit_nbdev.attention import causal_mask, padding_mask
 from vit_nbdev.transformer import (Decoder, DecoderBlock, DropPath, Encoder, EncoderBlock, FeedForward, LayerScale,
-                                   TokenEmbedding, Transformer, sincos_2d, sinusoidal_positions)
+                                   TokenEmbedding, Transformer, rotary_2d, sincos_2d, sinusoidal_positions)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 MLP = [('mlp.fc1', 'linear1'), ('mlp.fc2', 'linear2')]
@@ -332,11 +332,35 @@ def test_bad_input_is_named():
         (ValueError, 'depth=0', lambda: Decoder(8, 0, 2)),
         (ValueError, 'drop_path=1', lambda: EncoderBlock(8, 2, drop_path=1.)),
         (ValueError, "act='swish'.*gelu, gelu_tanh, quick_gelu, relu", lambda: FeedForward(8, 16, act='swish')),
+        (ValueError, "inner_norms=None.*none, mlp, both", lambda: EncoderBlock(8, 2, inner_norms=None)),
+        (ValueError, "norm='batch'.*layer, rms", lambda: EncoderBlock(8, 2, norm='batch')),
+        (ValueError, "kind='swirl'.*dinov3, eva02", lambda: rotary_2d(2, 2, 8, kind='swirl')),
+        (TypeError, 'TransformerEncoderLayer is no DecoderBlock: use EncoderBlock.from_torch',
+         lambda: DecoderBlock.from_torch(nn.TransformerEncoderLayer(8, 2))),
+        (TypeError, 'TransformerDecoderLayer is no EncoderBlock: use DecoderBlock.from_torch',
+         lambda: EncoderBlock.from_torch(nn.TransformerDecoderLayer(8, 2))),
+        *((ValueError, 'there are 2 blocks: give as many caches', lambda caches=caches:
+           model.decode(tgt, *model.encode(src), caches)) for caches in ([], [{}], [{}]*2, [{}, {}, {}])),
         (TypeError, 'n_head', lambda: Encoder(8, 1, 2, n_head=3)),
     ]:
         with pytest.raises(error, match=words): call()
     assert LayerScale(3, 0.5)(torch.ones(3)).tolist() == [0.5]*3
     assert TokenEmbedding(5, 4, 6)(torch.tensor([[0, 4]]), start=4).shape == (1, 2, 4)
+
+@pytest.mark.parametrize('assign', [False, True])
+def test_fixed_positions_of_a_model_made_without_memory(assign):
+    "They are in no file: without a hook they are whatever happens to be there"
+    model, src = model_of(), source([4, 3], 4)
+    with torch.device('meta'): empty = model_of()
+    if not assign:
+        empty.to_empty(device='cpu')
+        for x in empty.buffers(): x.fill_(77)
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    assert torch.equal(empty(src, src.clamp(max=8)), model(src, src.clamp(max=8)))
+
+def test_any_integers_are_ids():
+    embed, ids = TokenEmbedding(5, 4, 6), torch.tensor([[1, 4]])
+    for dtype in (torch.uint8, torch.int16, torch.int32): assert torch.equal(embed(ids.to(dtype)), embed(ids))
 
 # --- the exercises of the chapter ---
 

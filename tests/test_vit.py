@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -267,6 +268,16 @@ def test_an_empty_model_gets_its_first_weights(option):
     model.to_empty(device='cpu').pos_embed.fill_(77)
     model.init_weights()
     assert torch.equal(model.pos_embed, places)
+
+@pytest.mark.parametrize('option', OPTIONS)
+def test_first_weights_replace_whatever_is_there(option):
+    "Norms, factors and BatchNorm's statistics, too: as `to_empty` leaves them, or a training"
+    fresh, used = ViT(ViTConfig(**SMALL | OPTIONS[option])), ViT(ViTConfig(**SMALL | OPTIONS[option]))
+    for x in (*used.parameters(), *used.buffers()): x.data.fill_(9)
+    for model in (fresh, used):
+        torch.manual_seed(0)
+        model.init_weights()
+    for (name, a), b in zip(fresh.state_dict().items(), used.state_dict().values()): assert torch.equal(a, b), name
 
 @pytest.mark.parametrize('size', [None, (40, 36)])
 def test_resolution_of_the_preprocessing(size):
@@ -578,6 +589,9 @@ def test_wrong_images(shape, dtype, error, message):
     (dict(patch_size=0), 'patch_size=0 must be a positive integer'),
     (dict(in_chans=0), 'in_chans=0 must be'), (dict(n_classes=-1), 'n_classes=-1 must be'),
     (dict(depth=1.5), 'depth=1.5 must be'), (dict(depth=True), 'depth=True must be'),
+    (dict(stem='conv', patch_norm=True), "stem='conv' has norms and biases of its own"),
+    (dict(stem='conv', patch_bias=False), "stem='conv' has norms and biases of its own"),
+    (dict(rotary='dinov3', rotary_size=4), "rotary='dinov3' stretches nothing: leave rotary_size out"),
     (dict(n_heads=5), 'dim=24 is not divisible by n_heads=5'), (dict(dim=-24), 'dim=-24 must be'),
     (dict(n_registers=-1), 'n_registers=-1 must be an integer, 0 or more'),
     (dict(mlp_ratio=0), 'mlp_ratio=0 must be a positive number'),
@@ -597,6 +611,15 @@ def test_wrong_images(shape, dtype, error, message):
 ])
 def test_wrong_configurations(changes, message):
     with pytest.raises(ValueError, match=message): ViTConfig(**SMALL | changes)
+
+def test_numbers_of_numpy():
+    config = ViTConfig(**SMALL | dict(n_classes=np.arange(5).max() + 1, depth=np.int32(2)))
+    assert config == ViTConfig(**SMALL) == ViTConfig.from_json(config.to_json()) and type(config.n_classes) is int
+
+def test_grey_images_without_their_channel():
+    for shape, message in (((16, 28, 28), r'grey images without their channel, .* use x\[:, None\]'),
+                           ((1, 28, 28), r'one image .* use x\[None\]')):
+        with pytest.raises(ValueError, match=message): vit('mnist')(torch.zeros(shape))
 
 def test_wrong_names():
     with pytest.raises(ValueError, match="there is no model called 'S16'; the nearest names: S/16"): vit('S16')

@@ -7,7 +7,7 @@ __all__ = ['plot_attention', 'attention_weights', 'scaled_dot_product_attention'
            'rotate', 'MultiHeadAttention', 'record_attention']
 
 # %% ../nbs/00_attention.ipynb #96377983
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from einops import rearrange
@@ -78,7 +78,8 @@ def attention_weights(
 ) -> Tensor:                   # `(... n m)`, rows sum to 1, or to 0 where a query may attend to nothing
     "Softmax of the scaled, masked scores (Vaswani 2017, equation 1), in float32 or finer"
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) * (q.shape[-1]**-0.5 if scale is None else scale)
+    with _exact(q): scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1)
+    scores = scores * (q.shape[-1]**-0.5 if scale is None else scale)
     if mask is None: return scores.softmax(dim=-1)
     _check_mask(mask, scores.shape)
     if mask.dtype != torch.bool: scores, mask = scores + mask, mask != -torch.inf
@@ -99,6 +100,11 @@ def scaled_dot_product_attention(
     return F.dropout(weights, dropout).to(v.dtype) @ v, weights
 
 # %% ../nbs/00_attention.ipynb #e238d879
+def _exact(x):
+    "A block in which autocast rounds no product"
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
 def _check_mask(mask, shape):
     "Raise an error if `mask` does not fit attention weights of `shape`"
     if not isinstance(mask, Tensor): raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
@@ -286,11 +292,19 @@ def _check_context(attn, x, context):
     if context.device != x.device:
         raise ValueError(f"x is on {x.device} but context is on {context.device}: move one of them")
 
+def _check_rotary(attn, x, cos, sin):
+    "Raise an error if these angles are not those of the last tokens of `x`"
+    d = attn.head_dim
+    if cos.shape == sin.shape and cos.dim() == 2 and cos.shape[0] <= x.shape[1] and cos.shape[1] == d: return
+    raise ValueError(f"rotary has shapes {tuple(cos.shape)} and {tuple(sin.shape)}, expected (m, {d}) twice, "
+                     f"with m at most {x.shape[1]}, the number of tokens")
+
 def _check_inputs(attn, x, context, mask, rotary=None):
     "Raise an error if `attn`, a `MultiHeadAttention`, can't work with these inputs"
     _check_context(attn, x, context)
     if rotary is not None and context is not None:
         raise ValueError("rotary positions are those of one sequence: leave out rotary or context")
+    if rotary is not None: _check_rotary(attn, x, *rotary)
     if mask is None: return
     b, n, m = x.shape[0], x.shape[1], (x if context is None else context).shape[1]
     _check_mask(mask, (b, attn.n_heads, n, m))

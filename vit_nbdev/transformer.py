@@ -65,6 +65,7 @@ def rotary_2d(
     device=None,              # where the angles are made
 ) -> tuple[Tensor, Tensor]:   # cosines and sines `(h*w head_dim)`, for `rotate`
     "Angles for each place in a grid: rows turn one quarter of the pairs, columns the other (Heo 2024, section 3.2)"
+    if kind not in ROTARY: raise ValueError(f"kind={kind!r} is not known: choose one of {', '.join(ROTARY)}")
     if head_dim % 4: raise ValueError(f"head_dim={head_dim} must be divisible by 4: pairs for rows and for columns")
     theta, first = ROTARY[kind]['theta'], ROTARY[kind].get('first')
     exponents = torch.arange(head_dim//4, dtype=torch.float32, device=device)/(head_dim//4)
@@ -76,6 +77,10 @@ def rotary_2d(
 
 # %% ../nbs/01_transformer.ipynb #c778e74c
 def _dropout(p): return nn.Dropout(p) if p else nn.Identity()   # an option that is not used is no part of the model
+
+def _fix_waves(embed, *_):
+    "Fixed positions are in no file: put them where the weights are"
+    embed.positions = sinusoidal_positions(*embed.positions.shape).to(embed.tokens.weight)
 
 # %% ../nbs/01_transformer.ipynb #ea3ae8f8
 class TokenEmbedding(nn.Module):
@@ -92,7 +97,9 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)   # so that times sqrt(dim) its size is 1
         positions = sinusoidal_positions(max_len, dim)
         if learned: self.positions = nn.Parameter(positions)
-        else: self.register_buffer('positions', positions, persistent=False)
+        else:
+            self.register_buffer('positions', positions, persistent=False)
+            self.register_load_state_dict_post_hook(_fix_waves)
         self.drop = _dropout(dropout)
 
     def forward(self,
@@ -108,7 +115,7 @@ class TokenEmbedding(nn.Module):
                              "shorten it or make the model with a larger max_len")
         if not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < n_tokens:
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}: n_tokens={n_tokens} allows 0 to {n_tokens - 1}")
-        return self.drop(self.tokens(ids)*dim**0.5 + self.positions[start:end])
+        return self.drop(self.tokens(ids.long())*dim**0.5 + self.positions[start:end])
 
 # %% ../nbs/01_transformer.ipynb #badbbae4
 class QuickGELU(nn.Module):
@@ -203,6 +210,8 @@ class EncoderBlock(nn.Module):
         norm_eps: float = 1e-6,           # epsilon of the norms
     ):
         super().__init__()
+        for name, value, known in (('norm', norm, NORMS), ('inner_norms', inner_norms, ('none', 'mlp', 'both'))):
+            if value not in known: raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(known)}")
         self.norm_first = norm_first
         self.norm1 = NORMS[norm](dim, eps=norm_eps)
         self.attn = MultiHeadAttention(dim, n_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, dropout=attn_dropout,
@@ -332,9 +341,12 @@ class Decoder(nn.Module):
         memory_mask: Tensor|None = None,    # from targets to the memory, `padding_mask` as a rule
         caches: list[dict]|None = None,     # one per block, for tokens that follow those of earlier calls
     ) -> Tensor:                            # `(b n dim)`
+        if caches is None: caches = [None]*len(self.blocks)
+        elif len({id(cache) for cache in caches}) != len(self.blocks) or len(caches) != len(self.blocks):
+            raise ValueError(f"there are {len(self.blocks)} blocks: give as many caches, [{{}} for _ in decoder.blocks], "
+                             "no two of them the same dict")
         mask = causal_mask(x.shape[1], _n_cached(caches) + x.shape[1], device=x.device)
-        for block, cache in zip(self.blocks, caches or [None]*len(self.blocks)):
-            x = block(x, memory, mask, memory_mask, cache)
+        for block, cache in zip(self.blocks, caches): x = block(x, memory, mask, memory_mask, cache)
         return self.norm(x)
 
 def _n_cached(caches): return caches[0]['attn'][0].shape[2] if caches and caches[0] else 0   # tokens of earlier calls
@@ -441,6 +453,9 @@ def _copy_parts(new, layer, parts):
 @patch(cls_method=True)
 def from_torch(cls: EncoderBlock|DecoderBlock, layer: nn.TransformerEncoderLayer|nn.TransformerDecoderLayer):
     "The same function with a copy of `layer`'s weights; always batch first, whatever `layer` says"
+    if hasattr(layer, 'multihead_attn') != (cls is DecoderBlock):
+        other = EncoderBlock if cls is DecoderBlock else DecoderBlock
+        raise TypeError(f"a {type(layer).__name__} is no {cls.__name__}: use {other.__name__}.from_torch")
     new = cls(layer.self_attn.embed_dim, layer.self_attn.num_heads, norm_first=layer.norm_first,
               dropout=layer.dropout.p)
     parts = dict(norm1='norm1', attn='self_attn', norm2='norm2')

@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
+from numbers import Integral
 
 import torch
 from einops import rearrange
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadAttention
-from .transformer import ACTIVATIONS, NORMS, ROTARY, Encoder, FeedForward, rotary_2d, sincos_2d
+from .transformer import ACTIVATIONS, NORMS, ROTARY, Encoder, FeedForward, LayerScale, rotary_2d, sincos_2d
 
 # %% ../nbs/02_vit.ipynb #bdc327a3
 class PatchConv(nn.Conv2d):
@@ -332,6 +333,8 @@ def init_weights(self: ViT):
             parts = 3 if name.endswith('qkv') else 2 if c.gated and name.endswith('fc1') else 1
             for w in m.weight.chunk(parts): nn.init.xavier_uniform_(w)
         elif isinstance(m, AttentionPool): nn.init.normal_(m.probe, std=c.dim**-0.5)
+        elif isinstance(m, (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d)): m.reset_parameters()
+        elif isinstance(m, LayerScale): nn.init.constant_(m.gamma, c.layer_scale)
         if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
     if c.positions == 'learned': nn.init.normal_(self.pos_embed, std=c.pos_std)
     else: _fix_positions(self)
@@ -357,7 +360,10 @@ def set_resolution(self: ViT,
 def _grid(x, config):
     "Rows and columns of patches in images `x`, which are checked"
     c, shape = config, tuple(x.shape)
-    if x.dim() == 3: raise ValueError(f"got one image of shape {shape}, expected a batch (b, c, h, w): use x[None]")
+    if x.dim() == 3:
+        what, use = 'one image', 'x[None]'
+        if c.in_chans == 1 != shape[0]: what, use = 'grey images without their channel,', 'x[:, None]'
+        raise ValueError(f"got {what} of shape {shape}, expected a batch (b, c, h, w): use {use}")
     if x.dim() != 4: raise ValueError(f"images have shape {shape}, expected a batch (b, c, h, w)")
     if shape[1] != c.in_chans:
         why = f"this model has in_chans={c.in_chans}"
@@ -409,17 +415,25 @@ def _check_side(name, side, config):
 def _check_config(config):
     "Check every field, then what they must have in common; two equal sides become one number"
     c = config
-    for f in fields(c): _check_field(f.name, getattr(c, f.name), f.type)
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if isinstance(value, Integral) and type(value) not in (bool, int): value = int(value)      # numpy's, for one
+        _check_field(f.name, value, f.type)
+        object.__setattr__(c, f.name, value)
     h, w = c._sides
     object.__setattr__(c, 'img_size', h if h == w else (h, w))
     for side in (h, w): _check_side('img_size', side, c)
     if c.stem_depth > 1 and c.stem != 'conv': raise ValueError(f"stem_depth={c.stem_depth} needs stem='conv'")
+    if c.stem == 'conv' and (c.patch_norm or not c.patch_bias):
+        raise ValueError("stem='conv' has norms and biases of its own: leave patch_norm and patch_bias out")
     if c.dim % c.n_heads: raise ValueError(f"dim={c.dim} is not divisible by n_heads={c.n_heads}")
     if c.positions == 'sincos2d' and c.dim % 4:
         raise ValueError(f"dim={c.dim} must be divisible by 4 for positions='sincos2d'")
     head_dim = c.dim//c.n_heads
     if c.rotary != 'none' and head_dim % 4:
         raise ValueError(f"rotary={c.rotary!r} needs heads whose width is divisible by 4; dim/n_heads is {head_dim}")
+    if c.rotary_size is not None and c.rotary in ('none', 'dinov3'):
+        raise ValueError(f"rotary={c.rotary!r} stretches nothing: leave rotary_size out")
     if c.dim % (c.pool_heads or 1): raise ValueError(f"dim={c.dim} is not divisible by pool_heads={c.pool_heads}")
     if c.pool in ('cls', 'cls+mean') and c.cls_token is False:
         raise ValueError(f"pool={c.pool!r} reads the class token, but cls_token=False: choose another pool")
