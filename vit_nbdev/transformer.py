@@ -343,8 +343,7 @@ class Decoder(nn.Module):
     ) -> Tensor:                            # `(b n dim)`
         if caches is None: caches = [None]*len(self.blocks)
         elif len({id(cache) for cache in caches}) != len(self.blocks) or len(caches) != len(self.blocks):
-            raise ValueError(f"there are {len(self.blocks)} blocks: give as many caches, [{{}} for _ in decoder.blocks], "
-                             "no two of them the same dict")
+            raise ValueError(f"there are {len(self.blocks)} blocks: give as many caches, no two of them the same dict")
         mask = causal_mask(x.shape[1], _n_cached(caches) + x.shape[1], device=x.device)
         for block, cache in zip(self.blocks, caches): x = block(x, memory, mask, memory_mask, cache)
         return self.norm(x)
