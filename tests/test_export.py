@@ -67,6 +67,13 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'): export(random_model(), tmp_path/'m.pt2', force=True)
     assert (tmp_path/'m.pt2').read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1
 
+def test_weights_that_onnx_would_keep_in_a_second_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, '_ONE_FILE', 1000)
+    with pytest.raises(ValueError, match=r'weights fill .* GB, which ONNX keeps in a second file: write a .pt2'):
+        export(random_model(), tmp_path/'m.onnx')
+    assert not list(tmp_path.iterdir())
+    export(random_model(), tmp_path/'m.pt2')
+
 def test_the_model_is_as_it_was(tmp_path):
     "Exporting a model in training leaves its weights, and a second export gives the same function"
     model = random_model().double()
@@ -111,7 +118,7 @@ def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
     settings = json.loads((hub/'me/digits/config.json').read_text())['settings']
     assert (settings['path'], settings['pretrained']) == ('pictures', 'weights')
 
-def test_the_card_has_the_figures_of_the_run(run, hub):
+def test_the_card_has_the_figures_of_the_run(run, hub, tmp_path):
     "What a stranger must know, and metadata that the hub can read; a card that was edited stays"
     push_to_hub(run, 'me/my-digits')
     card, config = (hub/'me/my-digits/README.md').read_text(), json.loads((run/'config.json').read_text())
@@ -126,6 +133,12 @@ def test_the_card_has_the_figures_of_the_run(run, hub):
     push_to_hub(run, 'me/other')
     other = (hub/'me/other/README.md').read_text()
     assert "load_pretrained('me/other')" in other and 'my-digits' not in other
+    (tmp_path/'odd').mkdir()
+    odd = config | dict(preprocessing=config['preprocessing'] | dict(labels=['caf\udce9', *map(str, range(9))]))
+    (tmp_path/'odd'/'config.json').write_text(json.dumps(odd))
+    shutil.copy(run/'model.safetensors', tmp_path/'odd')
+    push_to_hub(tmp_path/'odd', 'me/odd')
+    assert '`caf\\udce9`' in (hub/'me/odd/README.md').read_text()
     assert not (run/'README.md').exists()
     (run/'README.md').write_text('mine')
     push_to_hub(run, 'me/my-digits')

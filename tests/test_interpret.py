@@ -325,6 +325,25 @@ def test_randomization_check():
     assert (randomization_check(cls, images(cls), 'rollout')['head'] > 1 - 1e-6).all()
     assert (randomization_check(cls, images(cls), 'relevance')['head'] < 1 - 1e-3).any()
 
+def test_a_model_without_a_head_a_single_head_and_numbers_of_numpy():
+    "What needs no class runs without one; one head has a table, too; an index may be numpy's"
+    bare = make(n_classes=0)
+    assert (randomization_check(bare, images(bare), 'rollout')['head'] > 1 - 1e-6).all()
+    lone = make(depth=1, n_heads=1)
+    assert head_similarity(attention_maps(lone, images(lone))).shape == (1, 1)
+    place = np.unravel_index(6, lone.config.grid)
+    assert isinstance(place[0], np.integer)
+    a, b = (show_heads(lone, images(lone)[0], query=q) for q in (place, tuple(map(int, place))))
+    maps = [[im.get_array().tolist() for ax in fig.axes for im in ax.images] for fig in (a, b)]
+    assert maps[0] == maps[1]
+
+@pytest.mark.parametrize('label, shown', [('caf\udce9 $x$', 'caf\\udce9 $x$'), ('a'*200, 'a'*23 + '…')])
+def test_names_that_are_no_text_or_very_long_are_drawn(label, shown):
+    model = make(n_classes=1)
+    fig = show_attention(model, images(model)[0], 'rollout', preprocessing=prep_of(images(model), [label]))
+    fig.canvas.draw()
+    assert fig.axes[0].get_title() == f'{shown}: 100.0%'
+
 # --- figures ---
 
 def figures(model):

@@ -1,5 +1,5 @@
 """What a person does with pictures around a training: predictions in a stream, a page to drop pictures on."""
-import csv, importlib.machinery, json, re, shutil, sys, threading, types, urllib.error, urllib.request
+import csv, importlib.machinery, json, re, shutil, socket, struct, sys, threading, types, urllib.error, urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -74,13 +74,19 @@ def test_features_are_what_the_head_reads(run, pictures, tmp_path):
     assert np.allclose(saved['features'] @ model.head.weight.detach().numpy().T + model.head.bias.detach().numpy(),
                        logits, atol=1e-4)
 
-def test_a_model_without_classes_gives_features(pictures):
+def test_a_model_without_classes_gives_features(pictures, tmp_path):
     model = vit('mnist', in_chans=3, n_classes=0, depth=1).eval()
     model.preprocessing = Preprocessing(28, [0.4]*3, [0.2]*3)
     with pytest.raises(ValueError, match='names no classes: ask for them'): predict(model, pictures)
     found = predict(model, pictures, features=True, device='cpu')
     assert len(found) == 24 and set(found[0]) == {'file', 'features'}
     assert found[0]['features'].shape == (model.config.dim,)
+    save_model(model, tmp_path/'run', model.preprocessing)
+    (tmp_path/'a.csv').write_text('the old one')
+    with pytest.raises(SystemExit, match='names no classes for a table: leave out --csv'):
+        vit_predict.__wrapped__(str(tmp_path/'run'), [str(pictures)], features=str(tmp_path/'a.npz'), device='cpu',
+                                csv=str(tmp_path/'a.csv'), force=True)
+    assert (tmp_path/'a.csv').read_text() == 'the old one' and not (tmp_path/'a.npz').exists()
 
 def test_lines_tables_and_files_that_cant_be_read(run, pictures, tmp_path, capsys):
     "One JSON object a line and one row a picture, the same as `predict`; a bad file is named, and costs no other"
@@ -179,15 +185,21 @@ def test_a_given_model_stays_where_it_is(run, monkeypatch):
         with server(source, port=0, device=device): pass
     assert moved == ['cpu', 'meta', 'meta']
 
-def test_what_a_server_refuses(run, pictures):
+def test_what_a_server_refuses(run, pictures, capfd):
     with serving(run, max_mb=0.01) as at:
         assert post(f'{at}/predict', b'no picture') == \
                (400, dict(error="the picture can't be read as an image: replace it or take it away"))
         assert post(f'{at}/predict', b'')[1]['error'].startswith('the picture is empty')
         assert post(f'{at}/predict', bytes(10_001)) == \
                (413, dict(error='the picture has more than 0.01 MB: make it smaller'))
+        assert post(f'{at}/predict', bytes(39_000))[0] == 413          # all of it is taken, or who sends hears nothing
+        assert post(f'{at}/predict', b'x', **{'Content-Length': '1'*5000})[0] == 411
+        with socket.create_connection(('127.0.0.1', int(at.split(':')[2]))) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))      # leaves with a reset
+            gone.sendall(b'GET / HTTP/1.1\r\n\r\n')
         assert post(f'{at}/../config.json')[0] == 404 and post(f'{at}/', b'x')[0] == 404
         assert post(f'{at}/predict', (pictures/'dark'/'01.png').read_bytes())[0] == 200     # it goes on
+        assert capfd.readouterr().err == ''
         with pytest.raises(OSError, match=r'port \d+ is taken: choose another'): server(run, port=int(at.split(':')[2]))
     with pytest.raises(ValueError, match='port is 70000'): server(run, port=70000)
     with pytest.raises(SystemExit, match='vit_serve: there is no run folder nowhere'):

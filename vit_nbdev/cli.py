@@ -250,10 +250,13 @@ def vit_predict(
 ):
     "Say what a model sees in each image, as soon as it has seen it"
     with plain_errors('vit_predict'):
+        from vit_nbdev.interpret import _names_classes
         from vit_nbdev.runs import check_positive, get_device, predictions
         check_positive(top=top, bs=bs)
         files = {_table: csv and _free(csv, force, '.csv'), _vectors: features and _free(features, force, '.npz')}
         model = _source(run, pretrained)
+        if csv and not _names_classes(model, model.preprocessing):
+            raise ValueError("the model names no classes for a table: leave out --csv (--features has an .npz)")
         results = predictions(model, images, bs=bs, device=get_device(device), workers=workers,
                               features=bool(features), tta=tta)
         labels, bad, n = model.preprocessing.labels, 0, 0

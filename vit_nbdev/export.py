@@ -37,6 +37,8 @@ class Deployed(nn.Module):
         return logits, self.preprocessing.probabilities(logits)
 
 # %% ../nbs/09a_export.ipynb #7b45fe15
+_ONE_FILE = 1536*2**20          # bytes, from which on torch puts the weights beside the .onnx file
+
 def _write_onnx(deployed, example, file):
     "Write `deployed` as ONNX, with names of the classes and preprocessing in its metadata"
     try: import onnx, onnxscript   # noqa: F401  torch needs both
@@ -115,6 +117,9 @@ def export(
     write, read = FORMATS[file.suffix]
     model, prep = trained_model(run)
     deployed = Deployed(deepcopy(model).cpu().float(), prep).eval()
+    size = sum(p.numel()*p.element_size() for p in deployed.parameters())
+    if file.suffix == '.onnx' and size > _ONE_FILE:
+        raise ValueError(f"the weights fill {size/1e9:.1f} GB, which ONNX keeps in a second file: write a .pt2 (--pt2)")
     tmp = file.with_name(f'.{file.stem}.tmp{file.suffix}')
     try:
         _write(write, deployed, tmp, file)
@@ -212,7 +217,8 @@ def push_to_hub(
         for name in _UPLOADED:
             if (run/name).is_file(): shutil.copy(run/name, folder)
         (Path(folder)/'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
-        if not (card := Path(folder)/'README.md').is_file(): card.write_text(model_card(run, repo), encoding='utf-8')
+        if not (card := Path(folder)/'README.md').is_file():
+            card.write_text(model_card(run, repo), encoding='utf-8', errors='backslashreplace')
         try:
             HfApi().create_repo(repo, private=private, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder)

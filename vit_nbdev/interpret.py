@@ -13,6 +13,7 @@ import base64, io, zlib
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -160,9 +161,9 @@ METHODS = ('attention', 'rollout', 'relevance')
 
 def _pick(name, i, n, what):
     "Refuse an index that is out of range"
-    if not isinstance(i, int) or not -n <= i < n:
+    if not isinstance(i, Integral) or not -n <= i < n:
         raise ValueError(f"{name}={i!r}, but there are {n} {what}: 0 to {n - 1}, or -1 for the last")
-    return i
+    return int(i)
 
 # %% ../nbs/06_interpret.ipynb #3a55a65a
 def _token_map(model, x, method, target, layer, head):
@@ -216,6 +217,11 @@ def _labels(model, preprocessing):
     prep = _preprocessing(preprocessing)
     if prep is not None and not _names_classes(model, prep): return []
     return [str(name) for name in (prep and prep.labels or range(model.config.n_classes))]
+
+def _drawable(label, longest=24):
+    "A class name as text: bytes that are none are written out, and a very long name is cut"
+    label = label.encode('utf-8', 'backslashreplace').decode()      # a file system may give such bytes
+    return label if len(label) <= longest else label[:longest - 1] + '…'
 
 def _probabilities(logits, preprocessing):
     "Of each class `(b n_classes)`, also where an image may have several"
@@ -276,7 +282,7 @@ def show_attention(
     logits, labels, title = _record(model, x)[2], _labels(model, preprocessing), 'image'
     if labels:
         shown = logits.argmax().item() if target is None else _targets(model, target, 1).item()
-        title = f'{labels[shown]}: {_probabilities(logits, preprocessing)[0, shown]:.1%}'
+        title = f'{_drawable(labels[shown])}: {_probabilities(logits, preprocessing)[0, shown]:.1%}'
     height = size*x.shape[2]/x.shape[3] + 0.5
     fig, (axes,) = new_figure(1, 1 + len(methods), figsize=(size*(1 + 1.2*len(methods)), height))
     pixels = _pixels(x[0], preprocessing)
@@ -408,7 +414,8 @@ def head_similarity(
     maps: Tensor,  # from `attention_maps` `(b depth h n n)`
 ) -> Tensor:       # `(depth*h depth*h)`, from -1 to 1; block 0's heads come first
     "Correlation between the maps of any two heads, over all images, queries and keys"
-    return torch.corrcoef(maps.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1))
+    heads = maps.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+    return torch.corrcoef(heads).view(len(heads), len(heads))         # of a single head, too
 
 # %% ../nbs/06_interpret.ipynb #1e4847b6
 def embedding_map(
@@ -516,7 +523,7 @@ def randomization_check(
     seed: int = 0,              # of the shuffling
 ) -> dict[str, Tensor]:         # name of what was shuffled last -> correlation `(b)` with the map of the whole model
     "Does a map change as the model loses what it learned, from the head downwards (Adebayo 2018)?"
-    target = _record(model, x)[2].argmax(dim=1)
+    target = _record(model, x)[2].argmax(dim=1) if method == 'relevance' else None
     original = heat_map(model, x, method, target).flatten(1)
     broken, generator, out = deepcopy(model), torch.Generator().manual_seed(seed), {}
     parts = {'head': [broken.encoder.norm, broken.pool_norm, broken.attn_pool, broken.head]}

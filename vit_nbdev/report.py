@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .interpret import fill_page, heat_map
+from .interpret import _drawable, fill_page, heat_map
 from .preprocessing import Preprocessing
 from .vit import ViT
 
@@ -121,9 +121,7 @@ def with_glyphs(
 # %% ../nbs/08_report.ipynb #d806c2e4
 def plain(label: str, longest: int = 24) -> str:
     "A class name as it can be drawn: no dollar sign starts a formula, and a very long name is cut"
-    label = label.encode('utf-8', 'backslashreplace').decode()      # a file system may give bytes that are no text
-    short = label if len(label) <= longest else label[:longest - 1] + '…'
-    return short.replace('$', r'\$')
+    return _drawable(label, longest).replace('$', r'\$')
 
 def _names(target, labels):
     "The class with index `target` in words, or all labels for which `target` has a 1"

@@ -7,6 +7,7 @@ __all__ = ['answer', 'server']
 
 # %% ../nbs/09b_serve.ipynb #32648465
 import errno, json
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +44,8 @@ def _handler(run, page, most):
         timeout = 60            # seconds that a sender may be silent
         def log_message(self, *args): pass
         def reply(self, status, body, kind):
+            with suppress(ConnectionError): self.send(status, body, kind)       # who has gone needs no answer
+        def send(self, status, body, kind):
             self.send_response(status)
             for name, value in {'Content-Type': kind, 'Content-Length': len(body), 'Connection': 'close',
                                 'Content-Security-Policy': _SAFE, 'X-Content-Type-Options': 'nosniff'}.items():
@@ -56,8 +59,11 @@ def _handler(run, page, most):
         def do_POST(self):
             length = self.headers.get('Content-Length', '')
             if self.path != '/predict': return self.say(404, dict(error='pictures go to /predict'))
-            if not length.isdecimal(): return self.say(411, dict(error='the length of the picture is missing'))
+            if not length.isdecimal() or len(length) > 18:
+                return self.say(411, dict(error='the length of the picture is missing, or is no number of bytes'))
             if int(length) > most:
+                left = min(int(length), 4*most)            # who still sends it hears no answer
+                while left > 0 and (part := self.rfile.read(min(left, 2**16))): left -= len(part)
                 return self.say(413, dict(error=f'the picture has more than {most/1e6:g} MB: make it smaller'))
             data = self.rfile.read(int(length))
             with lock: facts = answer(run, data)
