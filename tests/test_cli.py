@@ -74,8 +74,7 @@ def beside(recipe):
         found = ledgers[ledger][lambda r: r.name == name].accuracy
         spread = f' ± {found.std():.2f}' if len(found) > 1 else ''
         what = 'a support vector machine' if machine in name else net
-        part = {f'cifar10, {machine}': ' (10,000 of the images)', f'fashion_mnist, {machine}': ' (another division)'}
-        part = part.get(name, '')
+        part = ' (10,000 of the images)' if name == f'cifar10, {machine}' else ''
         if recipe in ('mnist-quick', 'fashion_mnist', 'cifar10') and 'CNN' in name:
             size = 'parameters' if ledger == 'baselines' else 'params'
             share = ledgers[ledger].set_index('name')[size][name].iloc[0]/ours(recipe)
