@@ -231,6 +231,65 @@ def test_preprocessing_of_transformers(tmp_path):
         32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize='squash', resize_size=32, interpolation='bicubic', backend='torch',
         labels=tuple(f'kind {i}' for i in range(5)))
 
+def noise_picture(h, w):
+    "A picture of noise"
+    from PIL import Image
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8))
+
+def test_a_processor_in_the_file_of_transformers_5(tmp_path):
+    "Of a CLIPProcessor it writes one file, with the settings for images inside; preprocessor_config.json goes before"
+    transformers = pytest.importorskip('transformers', reason='needs transformers, with which the pixels are compared')
+    hf_model('CLIPVisionModel').save_pretrained(tmp_path)
+    processor = transformers.CLIPImageProcessor(size=dict(shortest_edge=40), crop_size=32, resample=2)
+    def written(**more): return json.loads(processor.to_json_string()) | more
+    both = dict(image_processor=written(), processor_class='CLIPProcessor')
+    (tmp_path/'processor_config.json').write_text(json.dumps(both))
+    mine, image = load_pretrained(tmp_path), noise_picture(61, 47)
+    theirs = processor(image, return_tensors='pt')['pixel_values'][0]
+    close(mine.preprocessing.normalise(mine.preprocessing(image)), theirs, 0.02)             # a 255th, divided by 0.27
+    assert mine.preprocessing.resize_size == (40, 40) and 'std=' not in mine.report[-1]
+    (tmp_path/'preprocessor_config.json').write_text(json.dumps(written(image_std=[0.7]*3)))
+    assert load_pretrained(tmp_path).preprocessing.std == (0.7,)*3
+    (tmp_path/'preprocessor_config.json').unlink()
+    (tmp_path/'processor_config.json').write_text(json.dumps(dict(image_processor=written(resample=9))))
+    with pytest.raises(ValueError, match='^processor_config.json: resample=9 must be'): load_pretrained(tmp_path)
+    assert 'processor_config.json' in pretrained._ON_HUB
+
+NO_PROCESSOR = {   # a class of transformers: the size of its images, what they are first resized to, and how
+    'ViTMAEModel': (384, 384, 'squash'), 'SiglipVisionModel': (384, 384, 'squash'),
+    'CLIPVisionModel': (336, 336, 'crop'), 'DeiTForImageClassification': (384, 439, 'squash'),
+    'Dinov2Model': (512, 512, 'crop'), 'IJepaForImageClassification': (224, 224, 'squash')}
+
+@pytest.mark.parametrize('name', NO_PROCESSOR)
+def test_without_a_file_for_images_they_have_the_size_of_the_model(name, tmp_path):
+    size, resized, resize = NO_PROCESSOR[name]
+    hf_model(name, image_size=size, patch_size=size//4, num_hidden_layers=1).save_pretrained(tmp_path)
+    mine = load_pretrained(tmp_path)
+    prep = mine.preprocessing
+    assert (prep.img_size, prep.resize_size, prep.resize) == ((size, size), (resized, resized), resize)
+    assert f"resize={resize!r}, resize_size={(resized, resized)}, mean={prep.mean}, std={prep.std}" in mine.report[-1]
+    oblong = load_pretrained(tmp_path, img_size=(size, size//2)).preprocessing
+    assert oblong.resize_size == (resized, round(resized/2))
+
+def test_images_of_another_size_than_the_model(tmp_path):
+    "timm writes what a model was made for beside the size of its first weights; where files differ, it is said"
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    for size in (96, (96, 64)):
+        save_for_hf(timm.create_model('test_vit', img_size=size), tmp_path/'timm', safe_serialization=True)
+        mine = load_pretrained(tmp_path/'timm')
+        assert mine.preprocessing.img_size == mine.config._sides == ((96, 96) if size == 96 else size)
+        assert mine.preprocessing.crop_pct == 0.95 and not any('are prepared' in line for line in mine.report)
+    hf_model('Dinov2Model').save_pretrained(tmp_path)
+    (tmp_path/'preprocessor_config.json').write_text(json.dumps(dict(size=dict(shortest_edge=20), crop_size=16,
+                                                                     image_processor_type='BitImageProcessor')))
+    mine = load_pretrained(tmp_path)
+    assert mine.preprocessing.img_size == (16, 16) and mine.report[-1] == (
+        "images are prepared with 16 x 16 pixels, as the files beside the weights say, and the model's size is "
+        "32 x 32: pass img_size=32 for images of that size")
+    again = load_pretrained(tmp_path, img_size=32)
+    assert again.preprocessing.img_size == (32, 32) and not any('are prepared' in line for line in again.report)
+
 # ---- Google
 
 def flax_arrays(model, big_vision=False):
@@ -649,13 +708,13 @@ HF = {   # a class of transformers, its configuration, its logits or pooled vect
     'SiglipVisionModel': ('SiglipVision', {}, lambda m, x: m(x).pooler_output, {}),
 }
 
-def hf_model(name):
+def hf_model(name, **changes):
     transformers = pytest.importorskip('transformers', reason='needs transformers, with which the results are compared')
     kind, kwargs = HF[name][:2]
     kwargs = hf_small(**kwargs)
     if 'Dinov2' not in name: kwargs['intermediate_size'] = 384
     torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, kind + 'Config')(**kwargs))
+    model = getattr(transformers, name)(getattr(transformers, kind + 'Config')(**kwargs | changes))
     buffers = {k: x.clone() for k, x in model.named_buffers()}              # fixed: frequencies
     fill(model)
     for k, x in model.named_buffers(): x.copy_(buffers[k])
@@ -975,13 +1034,12 @@ def test_whose_file_it_is(capsys):
 def test_pixels_beyond_the_last_whole_patch(tmp_path):
     "A side of 38 holds four patches of 8: the six pixels that are left over are dropped as by timm"
     timm = pytest.importorskip('timm', reason='needs timm, with which the pixels are compared')
-    from PIL import Image
     from timm.models._hub import save_for_hf
     theirs = fill(timm.create_model('vit_tiny_patch16_224', img_size=38, patch_size=8, depth=1, num_classes=5))
     theirs.pretrained_cfg |= dict(input_size=(3, 38, 38), crop_pct=1., crop_mode='squash')
     save_for_hf(theirs, tmp_path, safe_serialization=True)
     mine = load_pretrained(tmp_path)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 47, 3), dtype=np.uint8))
+    image = noise_picture(61, 47)
     x = timm.data.create_transform(**timm.data.resolve_data_config(theirs.pretrained_cfg))(image)
     ours = mine.preprocessing.normalise(mine.preprocessing(image))
     close(ours, x[:, :32, :32], 1e-6)

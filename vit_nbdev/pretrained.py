@@ -587,8 +587,8 @@ _STATISTICS = _either(_is_number, _are(_is_number, (1, 3))), 'numbers, one for e
 SCHEMA = {    # fields of timm's, transformers' and open_clip's files: what must be there, if there is anything
     **dict.fromkeys(('architecture', 'model_type', 'global_pool', 'hidden_act', 'interpolation', 'crop_mode',
                      'image_processor_type', 'feature_extractor_type', 'resize_mode'), _TEXT),
-    **dict.fromkeys(('model_args', 'pretrained_cfg', 'vision_config', 'model_cfg', 'vision_cfg', 'preprocess_cfg'),
-                    _OBJECT),
+    **dict.fromkeys(('model_args', 'pretrained_cfg', 'vision_config', 'model_cfg', 'vision_cfg', 'preprocess_cfg',
+                     'image_processor'), _OBJECT),
     **dict.fromkeys(('num_heads', 'num_attention_heads'), _COUNT), **dict.fromkeys(('img_size', 'image_size'), _SIDES),
     **dict.fromkeys(('image_mean', 'image_std', 'mean', 'std'), _STATISTICS),
     **dict.fromkeys(('layer_norm_eps', 'crop_pct', 'rescale_factor', 'rope_theta'), _POSITIVE),
@@ -617,12 +617,13 @@ def _json(path):
 
 def _facts(folder, file=''):
     "What `config.json` and `preprocessor_config.json` in `folder`, or for open_clip's `file` its own, say"
-    files = [folder/f'{name}.json' for name in ('config', 'preprocessor_config', 'open_clip_config')]
-    c, p, clip = (_checked(_json(path), path) for path in files)
+    names = ('config', 'preprocessor_config', 'open_clip_config', 'processor_config')
+    c, p, clip, both = (_checked(_json(path), path) for path in (folder/f'{name}.json' for name in names))
     try:
         if clip and (file.startswith('open_clip') or not c): return _open_clip_facts(clip)
         if 'pretrained_cfg' in c and c.get('model_type') == 'timm_wrapper' or 'architecture' in c: return _timm_facts(c)
-        if 'model_type' in c: return _transformers_facts(c, p)
+        if 'model_type' in c and p: return _transformers_facts(c, p)
+        if 'model_type' in c: return _transformers_facts(c, both.get('image_processor'), 'processor_config.json')
         if 'auto_map' in c: raise ValueError("config.json asks to run code of its own (auto_map), which is never done")
         if 'preprocessing' not in c: return {}
         prep = Preprocessing.from_dict(c['preprocessing'], f"preprocessing in {folder/'config.json'}")
@@ -686,7 +687,8 @@ def _timm_facts(c):
         if pool not in POOLS: raise _variant(f'global_pool={pool!r}')
         config['pool'] = POOLS[pool]
     size = prep.get('input_size')
-    if 'img_size' not in config and size and 'naflex' not in name: config['img_size'] = tuple(size[1:])
+    if 'img_size' in config and size: prep |= dict(input_size=(size[0], *_pair(_size(config['img_size']))))
+    elif size and 'naflex' not in name: config['img_size'] = tuple(size[1:])
     interleaved = config.get('rotary', 'dinov3') != 'dinov3'
     facts = dict(config=config, order=config.pop('order', 'ij'), interleaved=interleaved, library='timm',
                  labels=_labels(prep.get('label_names')))
@@ -721,8 +723,8 @@ TYPES = {   # transformers' model_type: what is assumed where config.json is sil
     'clip_vision_model': (1e-5, 'quick_gelu', 'CLIP'), 'siglip_vision_model': (1e-6, 'gelu_pytorch_tanh', 'Siglip')}
 _HEADS = dict(dinov3_vit=6)      # likewise, where it is not 12
 
-def _transformers_facts(c, p):
-    "Of transformers' config.json and preprocessor_config.json"
+def _transformers_facts(c, p, where='preprocessor_config.json'):
+    "Of transformers' config.json and the settings for images, which come from the file `where`, if there are any"
     kind, labels = c['model_type'], _labels(c.get('id2label'))
     if kind in ('clip', 'siglip'): kind, c = f'{kind}_vision_model', c | (c.get('vision_config') or {})
     if kind not in TYPES:
@@ -737,9 +739,15 @@ def _transformers_facts(c, p):
     if kind == 'dinov3_vit':
         if c.get('rope_theta', 100.0) != 100: raise _variant(f"rotary positions with rope_theta={c['rope_theta']!r}")
         config['rotary'] = 'dinov3'
-    p = p or dict(image_processor_type=processor + 'ImageProcessor')
-    prep = transformers_preprocessing(p, img_size=_size(size))
-    return dict(config=config, prep=prep, labels=labels)
+    facts = dict(config=config, labels=labels)
+    if p: return facts | dict(prep=transformers_preprocessing(p, _size(size), where))
+    prep = transformers_preprocessing(dict(image_processor_type=processor + 'ImageProcessor'))
+    return facts | dict(prep=_at_size(prep, _pair(_size(size))), no_processor=True)
+
+def _at_size(prep, size):
+    "Images of `size` instead, cut out of as large a part as before"
+    resize = prep.resize_size and tuple(round(r*s/side) for r, s, side in zip(prep.resize_size, size, prep.img_size))
+    return replace(prep, img_size=size, resize_size=resize)
 
 def _size(size):
     "A side, or height and width, from JSON"
@@ -762,10 +770,7 @@ def _preprocessing(origin, facts, old, new, changes):
         for k, x in stats.items():
             stats[k] = (sum(x)/len(x),) if new.in_chans == 1 else tuple(x[i % len(x)] for i in range(new.in_chans))
         prep = replace(prep, in_chans=new.in_chans, **stats)
-    if 'img_size' in changes:
-        size, resize = new._sides, prep.resize_size
-        if resize: resize = tuple(round(r*s/side) for r, s, side in zip(resize, size, prep.img_size))
-        prep = replace(prep, img_size=size, resize_size=resize)
+    if 'img_size' in changes: prep = _at_size(prep, new._sides)
     elif any(side % new.patch_size for side in prep.img_size):      # pixels beyond the last whole patch are dropped
         whole = tuple(side//new.patch_size*new.patch_size for side in prep.img_size)
         prep = replace(prep, img_size=whole, resize_size=prep.resized, crop_pct=1., keep='corner')
@@ -930,6 +935,8 @@ def _in_halves(w, facts):
     for name in [name for name in w if re.search(r'attn\.[qk]_norm\.', name)]: w[name] = w[name][order]
 
 # %% ../nbs/05_pretrained.ipynb #0d98873a
+_OF_IMAGES = ('resize', 'resize_size', 'mean', 'std', 'interpolation')
+
 def load_pretrained(
     source: str|Path|Mapping,  # a name on the hub ('timm/...'), a folder, a file, or a state dict
     **changes,                 # fields of `ViTConfig` that shall differ, see `CHANGEABLE`; the weights decide the rest
@@ -947,12 +954,17 @@ def load_pretrained(
     model = _build(new, w)
     model.preprocessing = _preprocessing(origin, facts, old, new, changes)
     if 'prep' not in facts: assumed |= ORIGINS[origin]['prep']
+    if 'no_processor' in facts: assumed |= {k: getattr(model.preprocessing, k) for k in _OF_IMAGES}
     values = ', '.join(f'{k}={v!r}' for k, v in assumed.items())
     if assumed: report.append(f"not among the weights, so assumed as is usual for {origin}: {values}")
     said_size = _pair(config.get('img_size', new.img_size))
     if said_size != new._sides and 'img_size' not in changes:
         report.append(f"img_size={new.img_size}, not {said_size} as the configuration says: what is beyond "
                       f"{new.grid[0]} x {new.grid[1]} whole patches has no position")
+    if (size := model.preprocessing.img_size) != new._sides:
+        a, b = ('{} x {}'.format(*sides) for sides in (size, new._sides))
+        report.append(f"images are prepared with {a} pixels, as the files beside the weights say, and the model's size "
+                      f"is {b}: pass img_size={new.img_size} for images of that size")
     model.report = report
     if report: print('\n'.join(report))
     return model
@@ -1022,7 +1034,7 @@ def _unknown(w):
             f"is among the {len(w)} names ({', '.join(list(w)[:3])}, ...)")
 
 # %% ../nbs/05_pretrained.ipynb #3a42664f
-_ON_HUB = ['config.json', 'preprocessor_config.json', 'open_clip_config.json', '*.index.json']
+_ON_HUB = ['config.json', 'preprocessor_config.json', 'processor_config.json', 'open_clip_config.json', '*.index.json']
 _FILES = ('model.safetensors', 'model-*.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors',
           'open_clip_pytorch_model.bin')
 
