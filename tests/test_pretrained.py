@@ -290,6 +290,33 @@ def test_images_of_another_size_than_the_model(tmp_path):
     again = load_pretrained(tmp_path, img_size=32)
     assert again.preprocessing.img_size == (32, 32) and not any('are prepared' in line for line in again.report)
 
+@pytest.mark.parametrize('words', [dict(num_labels=3, problem_type='multi_label_classification'), dict(num_labels=1),
+                                   dict(num_labels=3, problem_type='single_label_classification'), dict(num_labels=3)])
+def test_probabilities_are_those_of_the_pipeline_of_transformers(words, tmp_path):
+    "Where an image may have several labels, or there is only one, each has a probability of its own"
+    transformers = pytest.importorskip('transformers', reason='needs transformers, with which the results are compared')
+    from vit_nbdev.runs import predict
+    theirs, image = transformers_model(**words), noise_picture(61, 47)
+    theirs.classifier.weight.data.mul_(3)
+    processor = transformers.ViTImageProcessor(size=dict(height=32, width=32))
+    for part in (theirs, processor): part.save_pretrained(tmp_path)
+    scores = transformers.pipeline('image-classification', model=theirs, image_processor=processor)(image)
+    mine = load_pretrained(tmp_path)
+    assert mine.preprocessing.several == (words['num_labels'] == 1 or 'multi' in words.get('problem_type', ''))
+    found, = predict(mine, image)
+    close(torch.tensor(found['probabilities']), torch.tensor([s['score'] for label in mine.preprocessing.labels
+                                                              for s in scores if s['label'] == label]), 0.02)
+    assert not load_pretrained(tmp_path, n_classes=2).preprocessing.several
+
+def test_a_head_that_gives_quantities_is_no_classifier(tmp_path):
+    theirs = transformers_model(num_labels=2, problem_type='regression')
+    theirs.save_pretrained(tmp_path)
+    message = "problem_type='regression', so the head gives no classes: pass n_classes=0 for the features alone"
+    with pytest.raises(ValueError, match=message): load_pretrained(tmp_path)
+    mine, x = load_pretrained(tmp_path, n_classes=0), pixels(32, 32)
+    with torch.no_grad(): close(mine(x), theirs.vit(x).last_hidden_state[:, 0], 1e-5)
+    assert load_pretrained(tmp_path, n_classes=3).preprocessing.labels == ('0', '1', '2')
+
 # ---- Google
 
 def flax_arrays(model, big_vision=False):

@@ -586,7 +586,7 @@ _SIDES = _either(_is_count, _are(_is_count, (1, 2))), 'a side, or height and wid
 _STATISTICS = _either(_is_number, _are(_is_number, (1, 3))), 'numbers, one for each channel'
 SCHEMA = {    # fields of timm's, transformers' and open_clip's files: what must be there, if there is anything
     **dict.fromkeys(('architecture', 'model_type', 'global_pool', 'hidden_act', 'interpolation', 'crop_mode',
-                     'image_processor_type', 'feature_extractor_type', 'resize_mode'), _TEXT),
+                     'image_processor_type', 'feature_extractor_type', 'resize_mode', 'problem_type'), _TEXT),
     **dict.fromkeys(('model_args', 'pretrained_cfg', 'vision_config', 'model_cfg', 'vision_cfg', 'preprocess_cfg',
                      'image_processor'), _OBJECT),
     **dict.fromkeys(('num_heads', 'num_attention_heads'), _COUNT), **dict.fromkeys(('img_size', 'image_size'), _SIDES),
@@ -739,7 +739,7 @@ def _transformers_facts(c, p, where='preprocessor_config.json'):
     if kind == 'dinov3_vit':
         if c.get('rope_theta', 100.0) != 100: raise _variant(f"rotary positions with rope_theta={c['rope_theta']!r}")
         config['rotary'] = 'dinov3'
-    facts = dict(config=config, labels=labels)
+    facts = dict(config=config, labels=labels, problem_type=c.get('problem_type'))
     if p: return facts | dict(prep=transformers_preprocessing(p, _size(size), where))
     prep = transformers_preprocessing(dict(image_processor_type=processor + 'ImageProcessor'))
     return facts | dict(prep=_at_size(prep, _pair(_size(size))), no_processor=True)
@@ -774,12 +774,15 @@ def _preprocessing(origin, facts, old, new, changes):
     elif any(side % new.patch_size for side in prep.img_size):      # pixels beyond the last whole patch are dropped
         whole = tuple(side//new.patch_size*new.patch_size for side in prep.img_size)
         prep = replace(prep, img_size=whole, resize_size=prep.resized, crop_pct=1., keep='corner')
-    labels = facts.get('labels')
-    if labels is None and old.n_classes == new.n_classes:
-        labels = _imagenet(facts.get('library', origin), new.n_classes)
+    labels, problem, kept = facts.get('labels'), facts.get('problem_type'), old.n_classes == new.n_classes > 0
+    if kept and problem == 'regression':
+        raise ValueError("config.json says problem_type='regression', so the head gives no classes: "
+                         "pass n_classes=0 for the features alone")
+    one = origin.startswith('transformers') and new.n_classes == 1
+    if kept and (one or problem == 'multi_label_classification'): prep = replace(prep, several=True)
+    if labels is None and kept: labels = _imagenet(facts.get('library', origin), new.n_classes)
     if labels is None or len(labels) != new.n_classes:
-        embedding = facts.get('embedding') and old.n_classes == new.n_classes
-        labels = () if embedding else [str(i) for i in range(new.n_classes)]
+        labels = () if kept and facts.get('embedding') else [str(i) for i in range(new.n_classes)]
     return replace(prep, labels=tuple(labels))
 
 # %% ../nbs/05_pretrained.ipynb #f993738b
