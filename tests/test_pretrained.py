@@ -933,15 +933,57 @@ def test_a_real_trained_file():
 
 # ---- open_clip and OpenAI
 
+PLAIN_VISION = dict(image_size=32, patch_size=8, width=192, layers=2)
+
 def open_clip_model(vision=(), custom=False, quick_gelu=False, embed_dim=16):
     "A small model of open_clip, its configuration file"
     model = pytest.importorskip('open_clip.model', reason='needs open_clip_torch, with which the results are compared')
-    vision = dict(vision) or dict(image_size=32, patch_size=8, width=192, layers=2)
+    vision = dict(vision or PLAIN_VISION)
     config = dict(embed_dim=embed_dim, quick_gelu=quick_gelu, vision_cfg=vision,
                   text_cfg=dict(context_length=8, vocab_size=20, width=64, heads=2, layers=1))
     torch.manual_seed(0)
     theirs = (model.CustomTextCLIP if custom else model.CLIP)(**config)
     return fill(theirs), dict(model_cfg=config, preprocess_cfg=dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]))
+
+def write_open_clip(theirs, config, path):
+    torch.save(theirs.state_dict(), path/'open_clip_pytorch_model.bin')
+    (path/'open_clip_config.json').write_text(json.dumps(config))
+
+@pytest.mark.parametrize('more', [dict(norm_kwargs=dict(eps=0.01)), dict(act_kwargs=dict(approximate='tanh')),
+                                  dict(act_kwargs=dict(approximate='none'), ls_init_value=0.1, block_type='custom'),
+                                  dict(pos_embed_type='sin_cos_2d', qk_norm=False, output_tokens=False)])
+def test_what_open_clip_says_of_norms_and_activations(more, tmp_path):
+    theirs, config = open_clip_model(vision=PLAIN_VISION | more)
+    write_open_clip(theirs, config, tmp_path)
+    mine, x = load_pretrained(tmp_path).double(), pixels(32, 32, dtype=torch.float64)
+    with torch.no_grad(): close(mine(x), theirs.double().encode_image(x), 1e-10)
+
+@pytest.mark.parametrize('more, word', [
+    (dict(global_average_pool=True), 'global_average_pool'), (dict(norm_kwargs=dict(bias=False)), 'bias'),
+    (dict(act_kwargs=dict(inplace=True)), 'inplace'), (dict(act_kwargs=dict(approximate='sigmoid')), 'approximate')])
+def test_what_we_do_not_know_of_open_clip_is_refused(more, word, tmp_path):
+    theirs, config = open_clip_model()
+    config['model_cfg']['vision_cfg'] |= dict(later=False, n_queries=0)           # what is off does nothing
+    write_open_clip(theirs, config, tmp_path)
+    load_pretrained(tmp_path)
+    config['model_cfg']['vision_cfg'] |= more
+    write_open_clip(theirs, config, tmp_path)
+    with pytest.raises(ValueError, match=f'has fields in vision_cfg that we do not know .{word}.'):
+        load_pretrained(tmp_path)
+
+@pytest.mark.parametrize('vision', [PLAIN_VISION, dict(image_size=160, timm_model_name='test_vit', timm_pool='token')])
+@pytest.mark.parametrize('words', [dict(resize_mode='longest'), dict(resize_mode='longest', fill_color=90),
+                                   dict(resize_mode='shortest', fill_color=90), dict(resize_mode='squash')])
+def test_images_of_open_clip(words, vision, tmp_path):
+    theirs, config = open_clip_model(vision, custom='timm_pool' in vision)
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    config['preprocess_cfg'] |= words
+    write_open_clip(theirs, config, tmp_path)
+    transform = image_transform_v2(PreprocessCfg(size=vision['image_size'], **config['preprocess_cfg']), is_train=False)
+    prep = load_pretrained(tmp_path).preprocessing
+    for size in ((40, 90), (90, 41)):
+        image = noise_picture(*size)
+        close(prep.normalise(prep(image)), transform(image), 1e-5)
 
 CLIPA = dict(image_size=32, patch_size=8, width=160, layers=2, head_width=80, no_ln_pre=True, pool_type='avg',
              final_ln_after_pool=True)
@@ -949,8 +991,7 @@ CLIPA = dict(image_size=32, patch_size=8, width=160, layers=2, head_width=80, no
 @pytest.mark.parametrize('kwargs', [{}, dict(quick_gelu=True), dict(custom=True), dict(vision=CLIPA)])
 def test_open_clip(kwargs, tmp_path):
     theirs, config = open_clip_model(**kwargs)
-    torch.save(theirs.state_dict(), tmp_path/'open_clip_pytorch_model.bin')
-    (tmp_path/'open_clip_config.json').write_text(json.dumps(config))
+    write_open_clip(theirs, config, tmp_path)
     mine, x = load_pretrained(tmp_path), pixels(32, 32, dtype=torch.float64)
     assert mine.preprocessing == Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), interpolation='bicubic',
                                                labels=())     # the numbers of the embedding are no classes
@@ -967,8 +1008,7 @@ def test_open_clip(kwargs, tmp_path):
 def test_a_model_of_timm_in_open_clip(proj, tmp_path):
     vision = dict(image_size=160, timm_model_name='test_vit', timm_pool='token', timm_proj=proj)
     theirs, config = open_clip_model(vision, custom=True, embed_dim=24)
-    torch.save(theirs.state_dict(), tmp_path/'open_clip_pytorch_model.bin')
-    (tmp_path/'open_clip_config.json').write_text(json.dumps(config))
+    write_open_clip(theirs, config, tmp_path)
     mine, x = load_pretrained(tmp_path), pixels(160, 160, b=1, dtype=torch.float64)
     with torch.no_grad(): close(mine.double()(x), theirs.double().encode_image(x), 1e-10)
 
@@ -1119,8 +1159,7 @@ def test_a_repository_of_open_clip(monkeypatch, tmp_path):
     theirs, config = open_clip_model()
     def fetch(name, allow_patterns):
         if 'open_clip_pytorch_model.bin' in allow_patterns and 'open_clip_config.json' in allow_patterns:
-            torch.save(theirs.state_dict(), tmp_path/'open_clip_pytorch_model.bin')
-            (tmp_path/'open_clip_config.json').write_text(json.dumps(config))
+            write_open_clip(theirs, config, tmp_path)
         return str(tmp_path)
     monkeypatch.setattr(hub, 'snapshot_download', fetch)
     mine, x = load_pretrained('owner/some_clip'), pixels(32, 32)

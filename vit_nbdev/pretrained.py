@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMM', 'FACEBOOK', 'TORCHVISION', 'OPENAI', 'TRANSFORMERS', 'CLIP', 'GOOGLE', 'ORIGINS', 'WIDTHS', 'CHANGEABLE',
            'PREFERRED', 'SAFE', 'READERS', 'WRAPPERS', 'SCHEMA', 'VARIANTS', 'REFUSED', 'POOLS', 'ARGS', 'IGNORED',
-           'ACTS', 'TYPES', 'SYNSETS', 'WEIGHTS', 'LEFT_OUT', 'UNSUPPORTED', 'KINDS', 'NOT_TIMMS', 'PLAIN', 'our_names',
-           'load_pretrained', 'to_timm', 'to_torchvision']
+           'VISION', 'ACTS', 'TYPES', 'SYNSETS', 'WEIGHTS', 'LEFT_OUT', 'UNSUPPORTED', 'KINDS', 'NOT_TIMMS', 'PLAIN',
+           'our_names', 'load_pretrained', 'to_timm', 'to_torchvision']
 
 # %% ../nbs/05_pretrained.ipynb #580d712d
 import argparse, csv, errno, json, math, pickle, re, zipfile
@@ -588,10 +588,10 @@ SCHEMA = {    # fields of timm's, transformers' and open_clip's files: what must
     **dict.fromkeys(('architecture', 'model_type', 'global_pool', 'hidden_act', 'interpolation', 'crop_mode',
                      'image_processor_type', 'feature_extractor_type', 'resize_mode', 'problem_type'), _TEXT),
     **dict.fromkeys(('model_args', 'pretrained_cfg', 'vision_config', 'model_cfg', 'vision_cfg', 'preprocess_cfg',
-                     'image_processor'), _OBJECT),
+                     'image_processor', 'norm_kwargs', 'act_kwargs'), _OBJECT),
     **dict.fromkeys(('num_heads', 'num_attention_heads'), _COUNT), **dict.fromkeys(('img_size', 'image_size'), _SIDES),
     **dict.fromkeys(('image_mean', 'image_std', 'mean', 'std'), _STATISTICS),
-    **dict.fromkeys(('layer_norm_eps', 'crop_pct', 'rescale_factor', 'rope_theta'), _POSITIVE),
+    **dict.fromkeys(('layer_norm_eps', 'eps', 'crop_pct', 'rescale_factor', 'rope_theta'), _POSITIVE),
     'input_size': (_are(_is_count, (3,)), 'three sizes: channels, height and width'),
     'resample': (lambda x: _is_int(x, 0), 'an integer'),
 }
@@ -696,22 +696,33 @@ def _timm_facts(c):
     return facts
 
 # %% ../nbs/05_pretrained.ipynb #6ad32fc3
+VISION = set("""image_size patch_size width layers head_width mlp_ratio ls_init_value patch_dropout no_ln_pre pool_type
+    final_ln_after_pool pos_embed_type output_tokens attentional_pool attn_pooler_queries attn_pooler_heads block_type
+    qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc norm_kwargs act_kwargs timm_model_name
+    timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path""".split())   # what it may say
+
 def _open_clip_facts(c):
     "Of open_clip's open_clip_config.json"
     model, p = c['model_cfg'], c.get('preprocess_cfg') or {}
     vision, mode = model['vision_cfg'], p.get('resize_mode', 'shortest')
+    norm, act = (vision.get(k) or {} for k in ('norm_kwargs', 'act_kwargs'))
+    unknown = [k for k in vision if vision[k] and k not in VISION] + [*{*norm} - {'eps'}, *{*act} - {'approximate'}]
+    if unknown or act.get('approximate', 'none') not in ('none', 'tanh'):
+        raise _variant(f"fields in vision_cfg that we do not know ({', '.join(unknown) or 'approximate'})")
     size = _pair(_size(vision.get('image_size', 224)))
     prep = dict(input_size=(3, *size), crop_pct=1., interpolation=p.get('interpolation', 'bicubic'),
                 crop_mode=dict(shortest='center', longest='border').get(mode, mode),
                 mean=p.get('mean', _CLIP['mean']), std=p.get('std', _CLIP['std']))
+    images = dict(prep=replace(timm_preprocessing(prep), fill=p.get('fill_color', 0) if mode == 'longest' else None))
     if name := vision.get('timm_model_name'):
         pool = vision.get('timm_pool')
-        return _timm_facts(dict(architecture=name, global_pool=pool, pretrained_cfg=prep))
+        return _timm_facts(dict(architecture=name, global_pool=pool, pretrained_cfg=prep)) | images
     pool = vision.get('pool_type', 'tok')
     if pool not in ('tok', 'avg'): raise _variant(f'pool_type={pool!r}')
-    config = dict(img_size=size, n_heads=vision['width']//vision.get('head_width', 64), norm_eps=1e-5,
-                  act='quick_gelu' if model.get('quick_gelu') else 'gelu', pool=dict(tok='cls', avg='mean')[pool])
-    return dict(config=config, prep=timm_preprocessing(prep), norm_after_pool=vision.get('final_ln_after_pool', False))
+    gelu = 'quick_gelu' if model.get('quick_gelu') else 'gelu_tanh' if act.get('approximate') == 'tanh' else 'gelu'
+    config = dict(img_size=size, n_heads=vision['width']//vision.get('head_width', 64), act=gelu,
+                  norm_eps=norm.get('eps', 1e-5), pool=dict(tok='cls', avg='mean')[pool])
+    return dict(config=config, norm_after_pool=vision.get('final_ln_after_pool', False)) | images
 
 # %% ../nbs/05_pretrained.ipynb #e3360f0b
 ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', quick_gelu='quick_gelu', relu='relu',
