@@ -317,6 +317,45 @@ def test_a_head_that_gives_quantities_is_no_classifier(tmp_path):
     with torch.no_grad(): close(mine(x), theirs.vit(x).last_hidden_state[:, 0], 1e-5)
     assert load_pretrained(tmp_path, n_classes=3).preprocessing.labels == ('0', '1', '2')
 
+WIDE = {   # our own models whose head reads two vectors: what must be told of a bare state dict
+    'class token and mean': (dict(pool='cls+mean', n_registers=1), {}),
+    'registers alone': (dict(pool='prefix', n_registers=2, cls_token=False), {}),
+    'class token and register': (dict(pool='prefix', n_registers=1), dict(pool='prefix'))}
+
+@pytest.mark.parametrize('name', WIDE)
+def test_a_head_that_reads_two_vectors(name):
+    "Beside one register they are taken for the class token and the mean, as in DINOv2, unless two heads were joined"
+    changes, told = WIDE[name]
+    theirs = fill(vit('Ti/16', img_size=32, depth=1, n_classes=5, **changes))
+    mine, x = load_pretrained(theirs.state_dict(), **told), pixels(32, 32)
+    assert mine.config.pool == changes['pool'] and ("pool='cls+mean'" in mine.report[-1]) == ('mean' in name)
+    with torch.no_grad(): close(mine(x), theirs(x), 1e-6)
+
+def test_one_register_of_dinov2_is_none_of_deit(tmp_path):
+    theirs = hf_model('Dinov2WithRegistersForImageClassification', num_register_tokens=1, use_swiglu_ffn=False,
+                      num_labels=5)
+    theirs.save_pretrained(tmp_path)
+    for source in (tmp_path, theirs.state_dict()):
+        mine = load_pretrained(source)
+        same(mine, theirs, pixels(32, 32), 1e-5)
+        assert any("pool='cls+mean'" in line for line in mine.report)
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(rotary='rope_vit'), "rotary='none'"), (dict(pool='map', pool_heads=6), "pool_heads=3"),
+    (dict(norm_after_pool=True, pool='mean'), "pool='mean'")])
+def test_what_our_own_bare_weights_do_not_tell(changes, words, tmp_path):
+    from vit_nbdev.runs import save_model
+    model = fill(vit('Ti/16', img_size=32, depth=1, n_classes=5, **changes))
+    assert words in load_pretrained(model.state_dict()).report[-1]
+    save_model(model, tmp_path, Preprocessing(32, [0.5]*3, [0.5]*3, labels=list('abcde')))
+    assert load_pretrained(tmp_path).report == []
+
+@pytest.mark.parametrize('kwargs', [dict(global_pool=how) for how in ('token', 'avgmax', 'max')]
+                         + [dict(global_pool='avg', pool_include_prefix=True)])
+def test_a_norm_behind_the_pool_does_not_tell_how_it_pools(kwargs):
+    theirs = timm_model('augreg, deit', fc_norm=True, **kwargs)
+    assert "pool='mean'" in load_pretrained(theirs.state_dict()).report[-1]
+
 # ---- Google
 
 def flax_arrays(model, big_vision=False):

@@ -217,15 +217,15 @@ def _first_shapes(w):
     return dict(dim=dim, in_chans=in_chans, patch_size=patch_size, mlp_ratio=reads/dim, gated=hidden == 2*reads)
 
 # %% ../nbs/05_pretrained.ipynb #fbe56bfa
-def _shapes(w):
-    "The fields of `ViTConfig` that follow from the shapes of `w`, in our names"
+def _shapes(w, joined=False):
+    "The fields of `ViTConfig` that follow from the shapes of `w`, in our names; `joined`: was the head two before?"
     def size(name, axis): return w[name].shape[axis] if name in w else 0
     def there(name): return name in w
     first, block = _first_shapes(w), 'encoder.blocks.0.'
     cls, registers, after = size('cls_token', 1) > 0, size('registers', 1), there('pool_norm.weight')
     pool = 'map' if there('attn_pool.probe') else 'cls' if cls and not after else 'mean'
     wide = size('head.weight', 1) == 2*first['dim'] and 'pos_embed' in w
-    if wide: pool = 'prefix' if registers == 1 else 'cls+mean'
+    if wide: pool = 'cls+mean' if cls and not joined else 'prefix'
     norm, pool_width = 'layer' if there(block + 'norm1.bias') else 'rms', size('attn_pool.mlp.fc2.weight', 1)
     inner = 'both' if there(block + 'attn.out_norm.weight') else 'mlp' if there(block + 'mlp.norm.weight') else 'none'
     return first | dict(
@@ -261,14 +261,16 @@ _TOLD = ('pool', 'last_norm')      # what a configuration knows better than the 
 
 def _configure(w, origin, facts, changes):
     "The configuration of the weights `w` as they are, that of the model that is wanted, and what was assumed"
-    shapes, usual, known = _shapes(w), dict(ORIGINS[origin]['config']), facts.get('config', {})
+    shapes, usual = _shapes(w, facts.get('joined', False)), dict(ORIGINS[origin]['config'])
+    known, own = facts.get('config', {}), origin == 'vit_nbdev'
     if shapes['embed_norm']: usual['norm_eps'] = 1e-5                                     # CLIP
     if shapes['gated']: usual['act'] = 'silu'
     if 'dinov3' in origin: usual['rotary'] = 'dinov3'
     if 'n_heads' not in known | changes: usual['n_heads'] = _n_heads(shapes['dim'], shapes['gated'])
-    if origin == 'vit_nbdev': _agree(known, shapes)
-    told = {k: v for k, v in known.items() if k not in shapes or k in _TOLD or origin == 'vit_nbdev'}
-    if shapes['pool'] in ('prefix', 'cls+mean') and origin != 'vit_nbdev': told.pop('pool', None)    # the head's width
+    if own: _agree(known, shapes)
+    if own and not known: usual['rotary'] = 'none'
+    told = {k: v for k, v in known.items() if k not in shapes or k in _TOLD or own}
+    if shapes['pool'] in ('prefix', 'cls+mean') and not own: told.pop('pool', None)    # the head's width
     values = usual | shapes | told | {k: changes[k] for k in ('n_heads', 'rotary', 'rotary_size') if k in changes}
     values |= _places(w, values, told, changes)
     old = _config(values)
@@ -278,9 +280,9 @@ def _configure(w, origin, facts, changes):
             raise ValueError(f"{k}={v!r} does not fit the weights ({what}); "
                              f"what can be changed: {', '.join(CHANGEABLE)}")
     assumed = {k: v for k, v in usual.items() if k not in told | changes and (k != 'pos_resize' or not known)}
-    if 'pool' not in known | changes and not shapes['norm_after_pool'] and shapes['pool'] in ('cls', 'mean'):
-        assumed['pool'] = shapes['pool']
+    if 'pool' not in known | changes and shapes['pool'] in ('cls', 'mean', 'cls+mean'): assumed['pool'] = shapes['pool']
     if shapes['pool'] == 'map' and old.n_prefix and not known: assumed['pool_prefix'] = old.pool_prefix
+    if shapes['pool'] == 'map' and own and not known: assumed['pool_heads'] = old.n_heads
     if shapes['norm'] == 'rms' and 'norm' not in known: assumed['norm'] = 'rms'
     return old, replace(old, **changes), assumed
 
@@ -903,7 +905,7 @@ def _fold(w, origin, facts, changes, report):
     if 'head_dist.weight' in w:                    # two heads, whose mean is the answer: one that reads both tokens
         two = [{part: w.pop(f'{name}.{part}') for part in ('weight', 'bias')} for name in ('head', 'head_dist')]
         w['head.weight'] = torch.cat([head['weight'] for head in two], dim=1)/2
-        w['head.bias'] = sum(head['bias'] for head in two)/2
+        w['head.bias'], facts['joined'] = sum(head['bias'] for head in two)/2, True
         report.append("adapted: head and head_dist, whose answers are averaged, became one head")
     if origin in ('transformers_clip', 'transformers_siglip') and 'head.bias' in w:    # ...ForImageClassification
         names = ('attn_pool.', 'encoder.norm.') if origin == 'transformers_clip' else ('attn_pool.',)
