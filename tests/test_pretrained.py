@@ -356,6 +356,57 @@ def test_a_norm_behind_the_pool_does_not_tell_how_it_pools(kwargs):
     theirs = timm_model('augreg, deit', fc_norm=True, **kwargs)
     assert "pool='mean'" in load_pretrained(theirs.state_dict()).report[-1]
 
+def test_a_processor_for_grey_images(tmp_path):
+    transformers = pytest.importorskip('transformers', reason='needs transformers, with which the pixels are compared')
+    theirs = transformers_model(num_channels=1)
+    processor = transformers.ViTImageProcessor(size=dict(height=32, width=32), image_mean=[0.4], image_std=[0.3])
+    for part in (theirs, processor): part.save_pretrained(tmp_path)
+    mine, image = load_pretrained(tmp_path), noise_picture(61, 47).convert('L')
+    x = processor(image, return_tensors='pt')['pixel_values']
+    ours = mine.preprocessing.normalise(mine.preprocessing(image))[None]
+    assert ours.shape == x.shape == (1, 1, 32, 32)
+    close(ours, x, 0.02)
+    with torch.no_grad(): close(mine(x), theirs(x).logits, 1e-5)
+
+def test_whole_checkpoints_of_dino_and_mae():
+    "What belongs to the training is left out: DINO's head, MAE's decoder, which is no DINOv2 for its mask_token"
+    theirs = timm_model('augreg, deit', num_classes=0)
+    w, x = theirs.state_dict(), pixels(32, 32)
+    def told(source):
+        mine = load_pretrained(source)
+        with torch.no_grad(): close(mine(x), theirs(x), 1e-5)
+        assert 'usual for meta' in mine.report[-1] and mine.config.n_classes == 0
+        return mine.config.pos_resize, mine.report[0]
+    head = {'mlp.0.weight': torch.zeros(8, 192), 'mlp.0.bias': torch.zeros(8), 'last_layer.weight_g': torch.zeros(5, 1),
+            'last_layer.weight_v': torch.zeros(5, 8)}
+    teacher = under('backbone.', w) | under('head.', head)
+    assert told(dict(teacher=teacher, student=under('module.', teacher), epoch=3)) == (
+        'bicubic_offset', f"left out: {', '.join(under('head.', head))}")
+    decoder = {'mask_token': torch.zeros(1, 1, 64), 'decoder_pos_embed': torch.zeros(1, 17, 64),
+               'decoder_embed.weight': torch.zeros(64, 192), 'decoder_blocks.0.norm1.weight': torch.zeros(64)}
+    assert told(dict(model=w | decoder)) == ('bicubic_antialias', f"left out: {', '.join(decoder)}")
+
+def test_what_can_not_be_read_is_said_at_once():
+    def refuses(message, source, error=ValueError):
+        with pytest.raises(error, match=message): load_pretrained(source)
+    conv = vit('Ti/16', img_size=32, depth=1, stem='conv').state_dict()
+    refuses("a conv stem can't be read from bare weights: give the run folder", conv)
+    for theirs, norm in ((transformers_model(), 'layernorm_before'), (torchvision_model(), 'ln_1')):
+        w = theirs.state_dict()
+        for part in ('', '.weight'):
+            refuses('there is no encoder.blocks.0.norm1.weight among the weights: they are incomplete',
+                    {k: v for k, v in w.items() if norm + part not in k})
+        refuses("holds torch.float8_e4m3fn, expected .*: a quantised file can't be loaded",
+                {k: v.to(torch.float8_e4m3fn) for k, v in w.items()})
+    refuses("int8, expected .*: a quantised file can't be loaded", {k: v.to(torch.int8) for k, v in w.items()})
+    for source, kind in ((vit('mnist'), 'ViT'), (None, 'NoneType'), (3, 'int')):
+        refuses(f'got a {kind}, expected .*: of a model, give model.state_dict()', source, TypeError)
+
+def test_a_projection_of_two_layers_in_open_clip(tmp_path):
+    vision = dict(image_size=160, timm_model_name='test_vit', timm_pool='token', timm_proj='mlp')
+    write_open_clip(*open_clip_model(vision, custom=True, embed_dim=24), tmp_path)
+    with pytest.raises(ValueError, match="has a projection of two layers .timm_proj='mlp'."): load_pretrained(tmp_path)
+
 # ---- Google
 
 def flax_arrays(model, big_vision=False):

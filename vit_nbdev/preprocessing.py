@@ -339,7 +339,7 @@ def transformers_preprocessing(
     mean, std = (p['image_mean'], p['image_std']) if p.get('do_normalize', True) else (0., 1.)
     mean, std = ([x]*3 if _is_number(x) else x for x in (mean, std))
     scale = p.get('rescale_factor', 1/255) if p.get('do_rescale', True) else 1.
-    return Preprocessing.from_dict(how | dict(mean=mean, std=std, scale=scale, backend='torch',
+    return Preprocessing.from_dict(how | dict(mean=mean, std=std, scale=scale, backend='torch', in_chans=len(mean),
                                               interpolation=RESAMPLE[p['resample']]), where)
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0044

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile
@@ -203,7 +204,7 @@ WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1536: 96, 1664: 104, 4096: 128}   # of a
 def _first_shapes(w):
     "What must be there before anything else can be said: width, channels, patch size and the two feed-forward widths"
     block = 'encoder.blocks.0.'
-    for name in ('patch_embed.proj', block + 'attn.qkv', block + 'mlp.fc1', block + 'mlp.fc2'):
+    for name in ('patch_embed.proj', *(block + part for part in ('norm1', 'attn.qkv', 'mlp.fc1', 'mlp.fc2'))):
         if f'{name}.weight' not in w:
             raise ValueError(f"there is no {name}.weight among the weights: they are incomplete, "
                              "or not those of a plain ViT")
@@ -268,7 +269,10 @@ def _configure(w, origin, facts, changes):
     if 'dinov3' in origin: usual['rotary'] = 'dinov3'
     if 'n_heads' not in known | changes: usual['n_heads'] = _n_heads(shapes['dim'], shapes['gated'])
     if own: _agree(known, shapes)
-    if own and not known: usual['rotary'] = 'none'
+    if own and not known:
+        if 'patch_embed.convs.0.0.weight' in w:
+            raise ValueError("a conv stem can't be read from bare weights: give the run folder, with its config.json")
+        usual['rotary'] = 'none'
     told = {k: v for k, v in known.items() if k not in shapes or k in _TOLD or own}
     if shapes['pool'] in ('prefix', 'cls+mean') and not own: told.pop('pool', None)    # the head's width
     values = usual | shapes | told | {k: changes[k] for k in ('n_heads', 'rotary', 'rotary_size') if k in changes}
@@ -419,11 +423,11 @@ def _recognise(w):
         if prefix is not None: break
     else: raise ValueError(_unknown(w))
     inner, outside = {}, []
-    heads = {'classifier', 'cls_classifier', 'distillation_classifier', 'visual_projection', 'head', 'fc_norm'}
+    heads = r'((cls_|distillation_)?classifier|visual_projection|fc_norm|head|head\.proj)\.(weight|bias)'
     for name, x in w.items():
         short, whole = _inner_name(name, prefix)
         stray = origin.startswith('transformers') and _rename(short, facts['names']) != short     # written without it
-        if whole or (short.split('.')[0] in heads or stray) and short not in inner: inner[short] = x
+        if whole or (re.fullmatch(heads, short) or stray) and short not in inner: inner[short] = x
         else: outside.append(name)
     names = '\n'.join(inner)
     for pattern, what in UNSUPPORTED.items() if origin != 'vit_nbdev' else ():
@@ -711,6 +715,7 @@ def _open_clip_facts(c):
     unknown = [k for k in vision if vision[k] and k not in VISION] + [*{*norm} - {'eps'}, *{*act} - {'approximate'}]
     if unknown or act.get('approximate', 'none') not in ('none', 'tanh'):
         raise _variant(f"fields in vision_cfg that we do not know ({', '.join(unknown) or 'approximate'})")
+    if vision.get('timm_proj') == 'mlp': raise _variant("a projection of two layers (timm_proj='mlp')")
     size = _pair(_size(vision.get('image_size', 224)))
     prep = dict(input_size=(3, *size), crop_pct=1., interpolation=p.get('interpolation', 'bicubic'),
                 crop_mode=dict(shortest='center', longest='border').get(mode, mode),
@@ -757,11 +762,6 @@ def _transformers_facts(c, p, where='preprocessor_config.json'):
     prep = transformers_preprocessing(dict(image_processor_type=processor + 'ImageProcessor'))
     return facts | dict(prep=_at_size(prep, _pair(_size(size))), no_processor=True)
 
-def _at_size(prep, size):
-    "Images of `size` instead, cut out of as large a part as before"
-    resize = prep.resize_size and tuple(round(r*s/side) for r, s, side in zip(prep.resize_size, size, prep.img_size))
-    return replace(prep, img_size=size, resize_size=resize)
-
 def _size(size):
     "A side, or height and width, from JSON"
     return tuple(size) if isinstance(size, list) else size
@@ -797,6 +797,11 @@ def _preprocessing(origin, facts, old, new, changes):
     if labels is None or len(labels) != new.n_classes:
         labels = () if kept and facts.get('embedding') else [str(i) for i in range(new.n_classes)]
     return replace(prep, labels=tuple(labels))
+
+def _at_size(prep, size):
+    "Images of `size` instead, cut out of as large a part as before"
+    resize = prep.resize_size and tuple(round(r*s/side) for r, s, side in zip(prep.resize_size, size, prep.img_size))
+    return replace(prep, img_size=size, resize_size=resize)
 
 # %% ../nbs/05_pretrained.ipynb #f993738b
 SYNSETS = {1000: 'imagenet', 11221: 'imagenet21k_miil', 11821: 'imagenet12k', 21841: 'imagenet22k',
@@ -841,11 +846,15 @@ def _file(folder):
         raise ValueError(f"{folder} holds shards ({names}) without their index: fetch *.safetensors.index.json, too")
     raise ValueError(f"{folder} holds several files of weights ({names}): give one of them")
 
+# %% ../nbs/05_pretrained.ipynb #951ab72b
 def _read(source):
     "The weights of a source, what the files beside them say (`config`, `prep`, `labels`), and what is to be reported"
     if isinstance(source, Mapping):
         w, report, said = _unwrap(source)
         return {name: x.detach().clone() for name, x in w.items()}, {}, report, said
+    if not isinstance(source, (str, PathLike)):
+        raise TypeError(f"got a {type(source).__name__}, expected a name on the hub, a folder, a file or a state dict: "
+                        "of a model, give model.state_dict()")
     path = _place(source)
     if path.is_dir(): path = _file(path)
     try: raw = _shards(path) if path.name.endswith('.index.json') else _read_file(path)
@@ -866,7 +875,7 @@ def _waves(kernel, img_size):
 
 # %% ../nbs/05_pretrained.ipynb #cbfbdc64
 LEFT_OUT = (r'((embeddings\.)?(mask_token|position_ids)|(pooler|pre_logits|txt|decoder|lm_head|projectors)\..*|t|b'
-            r'|rope(_embed)?\.periods|.*\.bias_mask|.*\.rope\..*|local_cls_norm\..*)$')  # what features don't need
+            r'|decoder_.*|rope(_embed)?\.periods|.*\.bias_mask|.*\.rope\..*|local_cls_norm\..*)$')    # not for features
 
 def _summary(names):
     "Names, or if there are many, their first parts and how many there are"
@@ -881,11 +890,12 @@ def _prepare(w, origin, facts, changes):
         report.append(f"left out: {_summary(out)}")
     if half := {x.dtype for x in w.values()} & {torch.float16, torch.bfloat16}:
         report.append(f"adapted: {', '.join(map(str, half))} became float32")
-    w = our_names({name: x.float() if x.dtype in half else x for name, x in w.items() if name not in out}, origin)
-    if wrong := [name for name, x in w.items()
-                 if not x.is_floating_point() and not name.endswith('num_batches_tracked')]:
-        raise ValueError(f"{wrong[0]} holds {w[wrong[0]].dtype}, expected floating-point numbers: "
-                         "a quantised file can't be loaded")
+    w = {name: x.float() if x.dtype in half else x for name, x in w.items() if name not in out}
+    for name, x in w.items():
+        if x.dtype not in (torch.float32, torch.float64) and not name.endswith('num_batches_tracked'):
+            raise ValueError(f"{name} holds {x.dtype}, expected floating-point numbers of 16 bits or more: "
+                             "a quantised file can't be loaded")
+    w = our_names(w, origin)
     if origin == 'google' and 'pos_embed' not in w:
         w['pos_embed'] = _waves(w['patch_embed.proj.weight'], changes.get('img_size', 224))
         report.append('new: pos_embed, the fixed waves of big_vision (sincos2d) as learned positions')
@@ -989,6 +999,7 @@ def load_pretrained(
 def _whose(origin, w, config, prefix, outside, said):
     "The origin, more closely: what wraps the weights tells Meta's files from timm's; what only their maker knows"
     if origin == 'openai' and 'vocab_size' in outside: config.setdefault('act', 'quick_gelu')     # OpenAI's own files
+    if origin == 'dinov2' and 'decoder_embed.weight' in w: origin = 'timm'                        # MAE and its decoder
     if origin != 'timm' or config: return origin
     moco = 'base_encoder.' in prefix or said.get('arch') == 'vit_small'
     if moco and len(w['blocks.0.norm1.weight']) == 384: config['n_heads'] = 12                    # MoCo v3's ViT-S
