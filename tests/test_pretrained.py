@@ -407,6 +407,25 @@ def test_a_projection_of_two_layers_in_open_clip(tmp_path):
     write_open_clip(*open_clip_model(vision, custom=True, embed_dim=24), tmp_path)
     with pytest.raises(ValueError, match="has a projection of two layers .timm_proj='mlp'."): load_pretrained(tmp_path)
 
+def test_heads_of_clip_with_a_bias(tmp_path):
+    "EVA's in timm, known by its name and its number of outputs, and whatever open_clip says: no classes"
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    names, said = [f'kind {i}' for i in range(512)], 'the head leads into the space that images share with texts'
+    for n, given, labels in ((512, None, ()), (512, names, tuple(names)), (3, None, ('0', '1', '2'))):
+        theirs = fill(timm.create_model('eva02_base_patch16_clip_224', depth=1, num_classes=n))
+        save_for_hf(theirs, tmp_path, safe_serialization=True, model_config=given and dict(label_names=given))
+        mine = load_pretrained(tmp_path)
+        assert mine.preprocessing.labels == labels and mine.head.bias.any()
+        assert any(line.startswith(said) for line in mine.report) == (labels == ())
+        assert load_pretrained(tmp_path, n_classes=2).preprocessing.labels == ('0', '1')
+    (tmp_path/'clip').mkdir()
+    vision = dict(image_size=160, timm_model_name='test_vit', timm_pool='token', timm_proj=None)
+    write_open_clip(*open_clip_model(vision, custom=True, embed_dim=24), tmp_path/'clip')
+    mine = load_pretrained(tmp_path/'clip')
+    assert mine.config.n_classes == 24 and mine.preprocessing.labels == () and mine.head.bias.any()
+    assert any(line.startswith(said) for line in mine.report)
+
 # ---- Google
 
 def flax_arrays(model, big_vision=False):

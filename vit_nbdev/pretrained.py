@@ -698,6 +698,8 @@ def _timm_facts(c):
     interleaved = config.get('rotary', 'dinov3') != 'dinov3'
     facts = dict(config=config, order=config.pop('order', 'ij'), interleaved=interleaved, library='timm',
                  labels=_labels(prep.get('label_names')))
+    if re.match(r'eva\w*_clip_', name) and c.get('num_classes') in (512, 768, 1024) and facts['labels'] is None:
+        facts['embedding'] = True
     if size: facts['prep'] = timm_preprocessing(prep)
     return facts
 
@@ -720,16 +722,17 @@ def _open_clip_facts(c):
     prep = dict(input_size=(3, *size), crop_pct=1., interpolation=p.get('interpolation', 'bicubic'),
                 crop_mode=dict(shortest='center', longest='border').get(mode, mode),
                 mean=p.get('mean', _CLIP['mean']), std=p.get('std', _CLIP['std']))
-    images = dict(prep=replace(timm_preprocessing(prep), fill=p.get('fill_color', 0) if mode == 'longest' else None))
+    fill = p.get('fill_color', 0) if mode == 'longest' else None
+    common = dict(prep=replace(timm_preprocessing(prep), fill=fill), embedding=True)
     if name := vision.get('timm_model_name'):
         pool = vision.get('timm_pool')
-        return _timm_facts(dict(architecture=name, global_pool=pool, pretrained_cfg=prep)) | images
+        return _timm_facts(dict(architecture=name, global_pool=pool, pretrained_cfg=prep)) | common
     pool = vision.get('pool_type', 'tok')
     if pool not in ('tok', 'avg'): raise _variant(f'pool_type={pool!r}')
     gelu = 'quick_gelu' if model.get('quick_gelu') else 'gelu_tanh' if act.get('approximate') == 'tanh' else 'gelu'
     config = dict(img_size=size, n_heads=vision['width']//vision.get('head_width', 64), act=gelu,
                   norm_eps=norm.get('eps', 1e-5), pool=dict(tok='cls', avg='mean')[pool])
-    return dict(config=config, norm_after_pool=vision.get('final_ln_after_pool', False)) | images
+    return dict(config=config, norm_after_pool=vision.get('final_ln_after_pool', False)) | common
 
 # %% ../nbs/05_pretrained.ipynb #e3360f0b
 ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', quick_gelu='quick_gelu', relu='relu',
@@ -925,6 +928,8 @@ def _fold(w, origin, facts, changes, report):
         w.setdefault('head.bias', w['head.weight'].new_zeros(len(w['head.weight'])))
         facts['embedding'] = True
         report.append("the head has no bias: it leads into the space that images share with texts, not to classes")
+    elif facts.get('embedding') and 'head.weight' in w:
+        report.append("the head leads into the space that images share with texts, not to classes")
     _zero_biases(w)
     if origin == 'dinov3' and (bias := [name for name in w if name.endswith('attn.qkv.bias')]):
         for name in bias:                                                              # the keys' part is masked
