@@ -241,6 +241,29 @@ def test_an_interrupted_fit_goes_on_in_the_same_learner(some_digits, tmp_path):
     learn.fit(3)
     assert torch.equal(weights(whole), weights(learn)) and learn.first_epoch == 0
 
+@pytest.mark.parametrize('look', [lambda learn: learn.validate(), lambda learn: learn.get_preds()],
+                         ids=['validate', 'get_preds'])
+def test_who_validates_leaves_the_checkpoint_alone(look, some_digits, tmp_path):
+    "Before the first fit, between two, after an interruption, and where another process has begun"
+    def begin(name):
+        set_seed(0)
+        return quick(some_digits(), Checkpoint(tmp_path/name))
+    def tune(learn, look, *cbs):
+        look(learn)
+        learn.fit(1)
+        look(learn)
+        learn.fit(3, cbs=cbs)
+        return learn
+    whole, learn = tune(begin('whole.pt'), lambda learn: None), begin('cut.pt')
+    with pytest.raises(InterruptedError): tune(learn, look, Stop(1, 2))
+    before = (tmp_path/'cut.pt').read_bytes()
+    look(learn)
+    assert (tmp_path/'cut.pt').read_bytes() == before and load_checkpoint(tmp_path/'cut.pt')['fits'] == [1, 3]
+    (tmp_path/'other.pt').write_bytes(before)
+    learn.fit(3)
+    for resumed in (learn, tune(begin('other.pt'), look)):
+        assert torch.equal(weights(whole), weights(resumed)) and whole.recorder.values == resumed.recorder.values
+
 def test_freeze_leaves_the_head_of_any_model(some_digits):
     timm = pytest.importorskip('timm')
     models = {'fc': timm.create_model('resnet18', in_chans=1, num_classes=10),

@@ -113,6 +113,18 @@ def test_predict_leaves_the_model_as_it_is(run, tmp_path, monkeypatch):
     assert [m.training for m in model.modules()] == modes
     with pytest.raises(Exception, match='CUDA|NVIDIA'): predict(run, pixels)
 
+# --- what is written while a model trains ---
+
+def test_an_epoch_of_validation_is_no_row(tmp_path, capsys, few_digits):
+    learn = vit_learner(digits_dls(device='cpu'), 'digits', cbs=[runs.MetricsFile(tmp_path/'m.csv'), runs.EpochLines()])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2)
+        before = (tmp_path/'m.csv').read_text()
+        assert len(before.splitlines()) == 3 and len(capsys.readouterr().out.splitlines()) == 2
+        learn.validate()
+        learn.get_preds()
+    assert (tmp_path/'m.csv').read_text() == before and capsys.readouterr().out == ''
+
 # --- precision and compiling ---
 
 def test_auto_is_bf16_only_where_it_is_faster(monkeypatch):

@@ -140,7 +140,7 @@ class Threads(Callback):
 # %% ../nbs/04_learner.ipynb #a3f701cc
 class ViTLearner(Learner):
     "fastai's `Learner`; a fit may begin at a later epoch than the first (see `Checkpoint`)"
-    first_epoch, layer_decay = 0, 0.
+    first_epoch, layer_decay, validating = 0, 0., False
     def _do_fit(self):
         bar = getattr(getattr(self, 'progress', None), 'mbar', None)
         if self.first_epoch and bar: bar.update(0)       # the bar begins at zero
@@ -166,7 +166,7 @@ class ViTLearner(Learner):
         finally: self.xb = typed
 
     def validation_context(self, cbs=None, inner=False):
-        "As fastai's, but what the last fit has recorded stays"
+        "As fastai's, but what the last fit has recorded stays, and callbacks can tell it from a fit (`validating`)"
         own = super().validation_context(cbs, inner)
         return own if inner else ContextManagers([_record_kept(self), own])
 
@@ -176,13 +176,19 @@ class ViTLearner(Learner):
             warnings.warn("the model has one group of parameters, so nothing is frozen: pass a splitter")
 
 # %% ../nbs/04_learner.ipynb #a3f701cd
+def _no_fit(learn):
+    "Is a fit no training: a search for a learning rate, or what fastai makes of a validation?"
+    return hasattr(learn, 'lr_finder') or getattr(learn, 'validating', hasattr(learn, 'gather_preds'))
+
 @contextmanager
 def _record_kept(learn):
     "Afterwards `Recorder` and what is `of_the_fit` hold what they held, although fastai validates as if it were a fit"
+    before, learn.validating = learn.validating, True
     kept = [(cb, dict(vars(cb))) for cb in learn.cbs
             if isinstance(cb, Recorder) or hasattr(type(cb), 'of_the_fit')]
     try: yield
     finally:
+        learn.validating = before
         for cb, state in kept: vars(cb).update(state)
 
 # %% ../nbs/04_learner.ipynb #96a469e4
@@ -659,7 +665,7 @@ def _set_random_states(states, dls):
 # %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):
     "After each epoch write all that the next one depends on; a fit that finds the file goes on from there"
-    order = 70    # the last: after `Recorder` has its row and all others have seen the epoch
+    of_the_fit, order = True, 70    # the last: after `Recorder` has its row and all others have seen the epoch
     def __init__(self,
         file: str|Path,           # one file, replaced after each epoch
         facts: dict|None = None,  # whatever shall be found in it again, under `facts`
@@ -671,7 +677,7 @@ class Checkpoint(Callback):
         return parts | ({'GradScaler': self.learn.scaler} if hasattr(self.learn, 'scaler') else {})
 
     def before_fit(self):
-        self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
+        self.idle = _no_fit(self.learn)
         if self.idle: return
         _check_facts(self.facts)
         self.learn.first_epoch, self.fits = 0, [*self.done, self.n_epoch]     # `fine_tune` has two, of 1 and n epochs

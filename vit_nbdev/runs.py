@@ -47,7 +47,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, five_crop, r
 
 from . import __version__
 from .interpret import METHODS, _evaluating, _names_classes, explore, fill_page, show_attention
-from .learner import RECIPES, Checkpoint, Recipe, deal, load_checkpoint, whole_file
+from .learner import RECIPES, Checkpoint, Recipe, _no_fit, deal, load_checkpoint, whole_file
 from .photographs import _readers
 from .preprocessing import Preprocessing, open_image
 from .pretrained import _place, load_pretrained
@@ -455,7 +455,7 @@ class EpochLines(Callback):
     order = 66
     def before_fit(self): self.start = time.perf_counter()
     def after_epoch(self):
-        if rank_distrib() or hasattr(self.learn, 'lr_finder'): return
+        if rank_distrib() or _no_fit(self.learn): return
         done, now = self.epoch + 1, time.perf_counter()
         each = (now - self.start)/(done - getattr(self.learn, 'first_epoch', 0))
         names = ['train_loss', 'valid_loss', *self.metrics.attrgot('name')]
@@ -468,7 +468,7 @@ class MetricsFile(Callback):
     order = 65
     def __init__(self, file: Path): self.file = file
     def after_epoch(self):
-        if rank_distrib() or hasattr(self.learn, 'lr_finder'): return
+        if rank_distrib() or _no_fit(self.learn): return
         rows = [['epoch', 'train_loss', 'valid_loss', *self.metrics.attrgot('name')]]
         rows += [[i, *row] for i, row in enumerate(self.recorder.values)]
         with whole_file(self.file) as tmp: tmp.write_text('\n'.join(','.join(map(str, row)) for row in rows) + '\n')
