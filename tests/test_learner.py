@@ -339,6 +339,15 @@ def test_the_best_epoch_is_judged_by_validation():
     with pytest.raises(ValueError, match=r'tell KeepBest whether perplexity is better when higher \(comp=np.greater\)'):
         _judge(['train_loss', 'valid_loss', 'perplexity', 'time'], 'perplexity', None)
 
+@pytest.mark.parametrize('mix', ['mixup', 'cutmix'])
+def test_a_fit_that_stopped_early_is_at_its_end(mix, some_digits, tmp_path):
+    "Also where images are mixed, and it is begun once more"
+    recipe = replace(RECIPES['digits'], early_stop=1, **{mix: 0.4})
+    for _ in range(2):
+        learn = quick(some_digits(), *recipe.callbacks(), Checkpoint(tmp_path/'c.pt'))
+        learn.fit(5, lr=0.)
+        assert len(learn.recorder.values) == 2 and learn.keep_best.stopped
+
 # --- what is refused before training ---
 
 @pytest.mark.parametrize('value', [Path('here'), np.float32(0.5), [np.int64(1)], lambda: 0])

@@ -21,7 +21,7 @@ import torch
 from .data import RandAugment, RandomErase, small_affine   # the first to import fastai: it does so in silence
 import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a bar and pictures of images
 from fastai.callback.core import Callback
-from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.mixup import CutMix, MixHandler, MixUp
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
@@ -521,7 +521,10 @@ class Recipe:
         parts = {EMA: self.ema, MixUp: self.mixup, CutMix: self.cutmix, GradientClip: self.clip,
                  HeadFirst: self.freeze_epochs}
         best = [KeepBest(self.early_stop)] if self.keep_best or self.early_stop else []
-        return [callback(value) for callback, value in parts.items() if value] + best
+        made = [callback(value) for callback, value in parts.items() if value]
+        for cb in made:
+            if isinstance(cb, MixHandler): cb.stack_y = False    # wanted where no epoch is left, too
+        return made + best
 
     def config(self, dls: DataLoaders) -> ViTConfig:   # of the model for these images
         return vit_config(self.model, **_images(dls) | self.changes)
