@@ -332,6 +332,17 @@ def test_the_best_epoch_by_whatever_is_asked(metric, options, best, some_digits)
     losses = [row[1] for row in learn.recorder.values]
     assert learn.keep_best.best == (best if metric != [] else losses.index(min(losses)))
 
+NAN = float('nan')
+
+@pytest.mark.parametrize('scores, best', [([NAN, 0.2, 0.1], 1), ([NAN, NAN, -0.9], 2), ([0.2, NAN, 0.1], 0)])
+def test_a_score_that_is_no_number_is_the_worst(scores, best, some_digits):
+    "A correlation with an answer that is always the same, say"
+    class Score(Rows):
+        def after_epoch(self): self.recorder.values[-1][2] = scores[self.epoch]
+    learn = quick(some_digits(), KeepBest(), Score(), model=vit('digits', depth=1))
+    learn.fit(3)
+    assert learn.keep_best.best == best
+
 def test_the_best_epoch_is_judged_by_validation():
     assert _judge(['train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy'], None, None) == ('valid_accuracy', 1)
     with pytest.raises(ValueError, match="can't see acc: choose one of train_loss, valid_loss, f1_score$"):

@@ -414,6 +414,7 @@ class KeepBest(Callback):
         self.trained = False
         row = dict(zip(self.recorder.metric_names[1:], map(float, self.recorder.values[-1])))
         score, self.last = [self.sign*row[self.judge], -row['valid_loss']], self.epoch
+        score = [x if x == x else -np.inf for x in score]      # what is no number is the worst
         if self.score is not None and not score > self.score: return
         self.score, self.best = score, self.epoch
         self.weights = {k: v.detach().clone() for k, v in get_model(self.learn.model).state_dict().items()}
