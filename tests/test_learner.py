@@ -372,6 +372,23 @@ def test_a_class_without_an_image_has_no_weight():
     dls = tensor_dls(*3*[(images, y)], vocab=['a', 'b', 'c', 'd'], device='cpu')
     with pytest.raises(ValueError, match='none of b, d: add one, or leave the class out'): weighted_loss(dls)
 
+@pytest.mark.parametrize('smoothing', [0., 0.1])
+def test_weights_of_classes_know_no_batches(smoothing):
+    "The loss is the mean over the images, in whatever order they come"
+    set_seed(0)
+    images, y = torch.randint(256, (300, 1, 8, 8), dtype=torch.uint8), torch.tensor([0]*240 + [1]*60)
+    for order in (torch.arange(300), torch.randperm(300)):       # batches of 256 and 44
+        dls = tensor_dls((images, y), *2*[(images[order], y[order])], vocab=['a', 'b'], augment=False, device='cpu')
+        learn = quick(dls, loss_func=weighted_loss(dls, smoothing), model=vit('digits', n_classes=2, depth=1))
+        nn.init.normal_(learn.model.head.weight, generator=torch.Generator().manual_seed(0))
+        _, _, each = learn.get_preds(with_loss=True)
+        x = torch.cat([xb.as_subclass(torch.Tensor) for xb, _ in dls.valid])
+        with torch.no_grad(): logits = learn.model.eval()(x)
+        weight = torch.tensor([300/2/240, 300/2/60])
+        expected = nn.functional.cross_entropy(logits, y[order], weight, reduction='none', label_smoothing=smoothing)
+        torch.testing.assert_close(torch.Tensor(each), expected)
+        assert learn.validate()[0] == pytest.approx(expected.mean().item(), rel=1e-5)
+
 def test_the_optimiser_begins_anew_with_positions_of_another_shape():
     "Their step is that of a fresh optimiser; all others go on"
     model = vit('digits', depth=1)

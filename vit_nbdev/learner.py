@@ -25,6 +25,7 @@ from fastai.callback.mixup import CutMix, MixHandler, MixUp
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
+from fastai.layers import NoneReduce
 from fastai.learner import CancelEpochException, CancelFitException, Learner, Recorder
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import ActivationType, accuracy, accuracy_multi, skm_to_fastai
@@ -467,6 +468,12 @@ class HeadFirst(Callback):
         if not self.idle: self.opt.freeze_to(-1 if self.epoch < self.epochs else 0)
 
 # %% ../nbs/04_learner.ipynb #39069c6a
+class _PerImage(CrossEntropyLossFlat):
+    "The mean is over the images, not over their weights, so that it does not matter which of them share a batch"
+    def __call__(self, inp, targ, **kwargs):
+        if self.reduction != 'mean': return super().__call__(inp, targ, **kwargs)
+        with NoneReduce(self): return super().__call__(inp, targ, **kwargs).mean()
+
 def weighted_loss(
     dls: DataLoaders,             # of `tensor_dls` or one of its kin
     label_smoothing: float = 0.,  # as in `vit_learner`
@@ -479,7 +486,7 @@ def weighted_loss(
                          f"{', '.join(missing)}: add one, or leave the class out")
     weights = compute_class_weight('balanced', classes=np.arange(len(dls.vocab)), y=y)
     weights = torch.tensor(weights, dtype=torch.float32, device=dls.device)
-    return CrossEntropyLossFlat(weight=weights, label_smoothing=label_smoothing)
+    return _PerImage(weight=weights, label_smoothing=label_smoothing)
 
 # %% ../nbs/04_learner.ipynb #bcd29520
 # longer than 40 lines: the fields are a table, each with its comment
