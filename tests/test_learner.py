@@ -264,6 +264,14 @@ def test_who_validates_leaves_the_checkpoint_alone(look, some_digits, tmp_path):
     for resumed in (learn, tune(begin('other.pt'), look)):
         assert torch.equal(weights(whole), weights(resumed)) and whole.recorder.values == resumed.recorder.values
 
+def test_a_fit_that_went_on_leaves_no_trace_in_the_next(some_digits, tmp_path):
+    "Interrupted twice; the fit after that has all its epochs"
+    for epoch in (1, 2):
+        learn = quick(some_digits())
+        with pytest.raises(InterruptedError): learn.fit(3, cbs=[Checkpoint(tmp_path/'c.pt'), Stop(1, epoch)])
+    learn.fit(2)
+    assert len(learn.recorder.values) == 2
+
 def test_freeze_leaves_the_head_of_any_model(some_digits):
     timm = pytest.importorskip('timm')
     models = {'fc': timm.create_model('resnet18', in_chans=1, num_classes=10),

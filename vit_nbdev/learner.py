@@ -149,7 +149,9 @@ class ViTLearner(Learner):
         try:
             for self.epoch in range(self.first_epoch, self.n_epoch):
                 self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-        finally: torch.set_num_threads(threads)          # after an error, too: see `Threads`
+        finally:                                         # after an error, too
+            torch.set_num_threads(threads)               # see `Threads`
+            self.first_epoch = 0
 
     def all_batches(self):
         if self.training:      # a frozen BatchNorm keeps its statistics, too: fastai's `BnFreeze` fails without weights
@@ -712,7 +714,7 @@ class Checkpoint(Callback):
             torch.distributed.all_gather_object(random_states, _random_states(self.dls))
         if not rank_distrib(): save_atomic(_state(self, random_states), self.file)
     def after_fit(self):
-        if not self.idle: self.done, self.learn.first_epoch = self.fits, 0
+        if not self.idle: self.done = self.fits
 
 # %% ../nbs/04_learner.ipynb #ckpt0001
 def _state(checkpoint, random_states):
