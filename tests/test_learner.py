@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import Recorder
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import OptimWrapper
@@ -318,6 +318,34 @@ def test_a_batchnorm_without_weights_has_statistics(some_digits):
     norm = nn.BatchNorm1d(64, affine=False)
     quick(some_digits(), model=nn.Sequential(nn.Flatten(), norm, nn.Linear(64, 10))).fit(1)
     assert norm.num_batches_tracked > 0
+
+# --- callbacks of fastai that remember ---
+
+class Worse(Callback):
+    "A loss that is best in the first epoch, then in the fourth; and an accuracy that is best in the second"
+    order = Recorder.order + 1
+    def after_epoch(self):
+        scores = [(0.3, 0.1), (0.9, 0.8), (0.8, 0.2), (0.2, 0.3), (0.5, 0.5), (0.6, 0.4)]
+        self.recorder.values[-1][1:] = scores[self.epoch]
+
+@pytest.mark.parametrize('epoch', [1, 2, 3])
+def test_trackers_remember_what_they_saw(epoch, some_digits, tmp_path):
+    "What is saved, when the rate is lowered and where a fit ends are those of one that was not interrupted"
+    def fit(name, *cbs):
+        set_seed(0)
+        saves = SaveModelCallback(fname=f'{name}-loss'), SaveModelCallback(monitor='accuracy', fname=f'{name}-accuracy')
+        trackers = ReduceLROnPlateau(patience=2), EarlyStoppingCallback(monitor='accuracy', patience=4)
+        learn = quick(some_digits(), *saves, *trackers, Worse(), Checkpoint(tmp_path/f'{name}.pt'), *cbs, path=tmp_path)
+        learn.fit(9, 3e-3)
+        return learn
+    whole = fit('whole')
+    with pytest.raises(InterruptedError): fit('cut', Stop(1, epoch))
+    resumed = fit('cut')
+    assert whole.recorder.lrs == resumed.recorder.lrs and len(set(whole.recorder.lrs)) == 2
+    assert len(whole.recorder.values) == len(resumed.recorder.values) == 6
+    for what in ('loss', 'accuracy'):
+        a, b = (weights(quick(some_digits(), path=tmp_path).load(f'{name}-{what}')) for name in ('whole', 'cut'))
+        assert torch.equal(a, b)
 
 # --- which epoch is the best ---
 

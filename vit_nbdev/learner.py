@@ -22,6 +22,7 @@ from .data import RandAugment, RandomErase, small_affine   # the first to import
 import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a bar and pictures of images
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
+from fastai.callback.tracker import ReduceLROnPlateau, TrackerCallback
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
@@ -675,6 +676,28 @@ def _set_random_states(states, dls):
     for i, state in enumerate(states['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, i)
     for dl, state in zip(dls, states['loaders'], strict=True): getattr(dl, 'dl', dl).rng.setstate(state)
 
+# %% ../nbs/04_learner.ipynb #trck0001
+def _parts(learn):
+    "What has a state beside model and optimiser: callbacks, by name, and the gradient scaler of 16-bit training"
+    cbs = [cb for cb in learn.cbs if hasattr(type(cb), 'load_state_dict')]
+    names = [type(cb).__name__ for cb in cbs]
+    parts = {name + "'"*names[:i].count(name): cb for i, (name, cb) in enumerate(zip(names, cbs))}
+    return parts | ({'GradScaler': learn.scaler} if hasattr(learn, 'scaler') else {})
+
+# fastai's trackers live as long as a fit does; of one that is interrupted they must remember what they have seen
+@patch
+def state_dict(self: TrackerCallback): return dict(best=float(self.best), wait=vars(self).get('wait', 0))
+@patch
+def load_state_dict(self: TrackerCallback, state): self.best, self.wait = float(state['best']), int(state['wait'])
+
+@patch
+def state_dict(self: ReduceLROnPlateau):
+    return TrackerCallback.state_dict(self) | dict(lrs=[float(h['lr']) for h in self.opt.hypers])
+@patch
+def load_state_dict(self: ReduceLROnPlateau, state):
+    TrackerCallback.load_state_dict(self, state)
+    for h, lr in zip(self.opt.hypers, state['lrs'], strict=True): h['lr'] = float(lr)
+
 # %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):
     "After each epoch write all that the next one depends on; a fit that finds the file goes on from there"
@@ -685,9 +708,7 @@ class Checkpoint(Callback):
     ): self.file, self.facts, self.seconds, self.done = Path(file), facts or {}, 0., []
 
     @property
-    def parts(self) -> dict:      # what else has a state: callbacks, and the gradient scaler of 16-bit training
-        parts = {type(cb).__name__: cb for cb in self.learn.cbs if hasattr(type(cb), 'load_state_dict')}
-        return parts | ({'GradScaler': self.learn.scaler} if hasattr(self.learn, 'scaler') else {})
+    def parts(self) -> dict: return _parts(self.learn)
 
     def before_fit(self):
         self.idle = _no_fit(self.learn)
