@@ -120,6 +120,15 @@ def test_errors_are_one_sentence(folder):
     assert sum(len(dl.dataset) for dl in skipped.loaders) == 23
     assert describe(skipped)['left_out'] == {"can't be read as an image": 1}
 
+@pytest.mark.parametrize('split', [1, 2])
+def test_what_is_not_trained_on_is_read_before_training(split, folder):
+    "A header is not enough: a run that is trained would end at its test, and could not go on"
+    bad = loaders(folder)[split].dataset.x.file(0)
+    bad.write_bytes(bad.read_bytes()[:-400])
+    sentence = f"1 of 8 pictures can't be used: {bad} can't be read as an image.*; --skip_bad .* goes on without"
+    with pytest.raises(ValueError, match=sentence): loaders(folder)
+    assert sum(len(dl.dataset) for dl in loaders(folder, skip_bad=True).loaders) == 23
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_picture_that_turns_unreadable(folder, workers):
     "Its batch does without it, label and all, and says so; in validation it is an error as before"
@@ -433,7 +442,7 @@ def test_a_disk_that_fills(folder, tmp_path):
     "One sentence, no half file, and the images that there would have been"
     resource = pytest.importorskip('resource', reason='no limits to files here')
     cache, plain = tmp_path/'cache', epochs(loaders(folder))
-    dls, (soft, hard) = loaders(folder, cache=cache), resource.getrlimit(resource.RLIMIT_FSIZE)
+    dls, (soft, hard) = loaders(folder, cache=cache, skip_bad=True), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         with warnings.catch_warnings(record=True) as said:

@@ -673,9 +673,12 @@ def _pixels(found, prep, skip_bad, left_out):
         pictures[split] = read_pictures(files, prep)
         found[split] = pictures[split].files, [c for f, c in zip(files, classes) if f not in pictures[split].bad]
     bad = dict(sorted(item for p in pictures.values() for item in p.bad.items()))
-    if bad and not skip_bad: raise ValueError(f"{_name_bad(bad, total)}; --skip_bad (skip_bad=True) goes on without")
+    _check_bad(bad, total, skip_bad)
     _leave_out(bad, left_out)
     return pictures
+
+def _check_bad(bad, n, skip_bad):
+    if bad and not skip_bad: raise ValueError(f"{_name_bad(bad, n)}; --skip_bad (skip_bad=True) goes on without")
 
 def _leave_out(bad, left_out):
     "Let files that can't be read join what does not count"
@@ -683,20 +686,33 @@ def _leave_out(bad, left_out):
         left_out.setdefault(why.replace(str(file), '', 1).split(':')[0].strip(), []).append(file)
 
 # %% ../nbs/03_data.ipynb #96994069
-def _readable(found, prep, left_out):
-    "Take files that can't be read out of `found`, by reading all of them once and keeping none"
+def _unreadable(files, read):
+    "Those of the files that `read` can't read, and why"
     bad = {}
-    def read(file):
-        try: replace(prep, img_size=1, resize='squash', resize_size=None, crop_pct=1.)(file)
+    def attempt(file):
+        try: read(file)
         except (ValueError, OSError) as e: bad[file] = str(e)
-    files = [f for fs, _ in found.values() for f in fs]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for _ in pool.map(read, files): pass
+        for _ in pool.map(attempt, files): pass
     finally: pool.shutdown(cancel_futures=True)
+    return dict(sorted(bad.items()))
+
+def _readable(found, prep, left_out):
+    "Take files that can't be read out of `found`, by reading all of them once and keeping none"
+    small = replace(prep, img_size=1, resize='squash', resize_size=None, crop_pct=1.)
+    bad = _unreadable([f for fs, _ in found.values() for f in fs], small)
     for split, (fs, labels) in found.items():
         found[split] = [f for f in fs if f not in bad], [c for f, c in zip(fs, labels) if f not in bad]
-    _leave_out(dict(sorted(bad.items())), left_out)
+    _leave_out(bad, left_out)
+
+def _check_readable(*loaders):
+    "Complain now of pictures that are wanted when a model has been trained, which would be for nothing"
+    at = {x.file(i): (x, i) for x in (dl.dataset.x for dl in loaders) for i in range(len(x))}
+    def read(file):
+        x, i = at[file]
+        x.read(i)
+    _check_bad(_unreadable(at, read), len(at), False)
 
 # %% ../nbs/03_data.ipynb #a29dfe4d
 def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, streaming, **kwargs):
@@ -709,6 +725,7 @@ def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, 
         vocab = vocab_of(found)
         data = {split: (files, _targets(labels, vocab)) for split, (files, labels) in found.items()}
         dls = stream_dls(*data.values(), vocab, prep, stats=stats, skip_bad=skip_bad, **streaming, **kwargs)
+        if not skip_bad: _check_readable(dls[1], dls[2])
         sizes = np.concatenate([dl.dataset.x.sizes() for dl in dls.loaders])
     else:
         if streaming: raise ValueError(f"{some(streaming)} is for pictures that are streamed: say stream=True")
