@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai.vision.all import (AffineCoordTfm, ImageDataLoaders, MultiCategoryBlock, Normalize,
@@ -96,6 +97,36 @@ def test_the_numbers_are_those_of_the_weights(tmp_path, few_digits):
         plain.validate()
     found = recorded(plain, tmp_path/'run')
     assert (found['epochs'], found['metrics']) == (0, {})       # fastai's own has forgotten them: nothing is said
+
+class CtrlC(Callback):
+    "In the middle of the third epoch"
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (2, 1): raise KeyboardInterrupt
+
+@pytest.mark.parametrize('cbs', [[], [KeepBest]])
+@pytest.mark.parametrize('kind', [vit_learner, Learner])
+def test_an_interrupted_fit_has_no_numbers(kind, cbs, tmp_path, few_digits):
+    "The weights are those of no epoch that was judged; the next fit has numbers again"
+    options = dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[cb() for cb in cbs])
+    learn = kind(digits_dls(device='cpu'), vit('digits', depth=1), **options)
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=CtrlC())
+        found = recorded(learn, tmp_path/'run')
+        assert (found['epochs'], found['metrics']) == (2, {}) and 'best_epoch' not in found
+        learn.fit(2)
+    found = recorded(learn, tmp_path/'run')
+    assert found['epochs'] == 2 and set(found['metrics']) == {'train_loss', 'valid_loss', 'accuracy'}
+    assert ('best_epoch' in found) == bool(cbs)
+
+def test_the_best_weights_were_never_put_back(tmp_path, few_digits):
+    "Interrupted between two epochs: the numbers are those of the last"
+    class Between(Callback):
+        def before_epoch(self):
+            if self.epoch == 2: raise KeyboardInterrupt
+    learn = vit_learner(digits_dls(device='cpu'), vit('digits', depth=1), cbs=[KeepBest(), Scores([0.9, 0.3])])
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=Between())
+    found = recorded(learn, tmp_path/'run')
+    assert found['metrics']['accuracy'] == 0.3 and 'best_epoch' not in found
 
 REFUSED = {
     'a border': (Resize(28, ResizeMethod.Pad), [], "can't hold what Resize does"),

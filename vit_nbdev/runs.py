@@ -652,11 +652,13 @@ def save_run(
     return path
 
 def _recorded(learn):
-    "How many epochs the last fit had, and the numbers of the one whose weights the model has"
+    "How many epochs the last fit had, and the numbers of the one whose weights the model has; none if there is none"
     names = [name for name in getattr(learn.recorder, 'metric_names', [])[1:] if name != 'time']
     rows = [row for row in getattr(learn.recorder, 'values', []) if len(row) == len(names)]   # not a validation's
-    best = getattr(getattr(learn, 'keep_best', None), 'best', None)
-    if not rows: return dict(epochs=0, metrics={})
+    keep = getattr(learn, 'keep_best', None)
+    best = None if getattr(keep, 'weights', None) else getattr(keep, 'best', None)       # those were never put back
+    amid = rows and best is None and len(learn.recorder.losses) > learn.recorder.iters[-1]   # of an epoch
+    if not rows or amid: return dict(epochs=len(rows), metrics={})
     facts = dict(epochs=len(rows), metrics=dict(zip(names, map(float, rows[-1 if best is None else best]))))
     return facts if best is None else facts | dict(best_epoch=best + 1)
 
