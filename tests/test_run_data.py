@@ -20,7 +20,7 @@ from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.report import (all_right, balanced_accuracy, class_results, decided, draw_pictures, mean_f1, percent,
                               plot_augmented, plot_confusion, plot_mistakes, plot_predictions, surest_mistakes,
                               write_report)
-from vit_nbdev import runs
+from vit_nbdev import data, runs
 from vit_nbdev.runs import predict, save_model
 from vit_nbdev.vit import vit
 
@@ -212,6 +212,44 @@ def test_pictures_of_several_labels():
     worst = titles(plot_mistakes(model, images, SEVERAL, SAID, prep, n=2))
     assert worst == [*expected[:2], 'for x', 'for z']
     assert titles(plot_augmented(torch.zeros(4, 1, 8, 8), SEVERAL, prep)) == ['x, z', 'y', '(none)', 'x, y']
+
+# --- what is switched off ---
+
+class Seen(Exception): "The settings of a run, before anything is read"
+
+def settings_of(begin, monkeypatch, **kwargs):
+    def stop(settings, *_): raise Seen(settings)
+    with monkeypatch.context() as m:
+        m.setattr(runs, '_prepare', stop)
+        with pytest.raises(Seen) as e: begin(device='cpu', out='run', **kwargs)
+    return e.value.args[0]
+
+def test_no_is_no_and_none_is_the_recipes(tmp_path, monkeypatch):
+    "In Python; on the command line, an option that is not there is none"
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path/'p')
+    program, tuned = vit_train.__wrapped__, dict(data='p', pretrained='weights', recipe='probe')
+    for begin, flip, mirrored in ((runs.train, False, False), (runs.train, None, True), (program, False, True)):
+        s = settings_of(begin, monkeypatch, data='fashion_mnist', flip=flip)
+        assert s['flip'] == s['augment']['flip'] == mirrored
+    for begin, freeze in ((runs.train, False), (program, True)):
+        assert settings_of(begin, monkeypatch, freeze=False, **tuned)['freeze'] == freeze
+    for begin, stream in ((runs.train, False), (program, None)):
+        assert settings_of(begin, monkeypatch, data='p', stream=False, recipe='folder')['stream'] is stream
+    for option in ('stream', 'skip_bad', 'class_weights', 'compile', 'tta', 'flip'):
+        s = settings_of(runs.train, monkeypatch, data='digits', **{option: False})
+        assert s == settings_of(runs.train, monkeypatch, data='digits') | {option: s[option]} and not s[option]
+
+def test_what_is_said_of_memory_is_for_whoever_reads_it(tmp_path, monkeypatch, capsys):
+    "stream=False is no option of the command line; in a notebook it is one, and does what it says"
+    paint(tmp_path/'p')
+    monkeypatch.setattr(data, 'BUDGET', 0)
+    for notebook in (False, True):
+        monkeypatch.setattr(data, 'in_notebook', lambda: notebook)
+        dls = data.folder_dls(tmp_path/'p', img_size=8, device='cpu')
+        said = capsys.readouterr().out
+        assert 'they are read as they are needed' in said and ('stream=False would keep them' in said) == notebook
+    assert isinstance(data.folder_dls(tmp_path/'p', img_size=8, device='cpu', stream=False).train_ds.x, torch.Tensor)
 
 # --- what is no ordinary file ---
 

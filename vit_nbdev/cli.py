@@ -165,7 +165,7 @@ def vit_train(
     resume:str=None,      # go on with this run, which was interrupted
 ):
     "Train a Vision Transformer, test it once, and leave weights, configuration, metrics and pictures in a run folder"
-    options = dict(locals())
+    options = {name: value for name, value in locals().items() if value is not False}     # not given, as in Python
     with plain_errors('vit_train'):
         from vit_nbdev.runs import train
         train(**options)

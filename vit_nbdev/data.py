@@ -641,9 +641,9 @@ def _stream(n, prep, stream):
     need, free = _memory(n, prep)
     processes = max(num_distrib(), 1)          # each has its own
     if stream is None and (stream := need*processes > BUDGET*free):
-        h, w = prep.img_size
+        (h, w), hint = prep.img_size, ' (stream=False would keep them)' if in_notebook() else ''
         print(f"{n:,} images take {need*processes/1e9:.1f} GB at {h} x {w} pixels, more than "
-              f"{BUDGET:.0%} of the free memory: they are read as they are needed (stream=False would keep them)")
+              f"{BUDGET:.0%} of the free memory: they are read as they are needed{hint}")
     return stream
 
 _CGROUP = Path('/sys/fs/cgroup')    # where Linux tells the limits of a container

@@ -130,19 +130,19 @@ def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precisi
     name, path = _choose_recipe(data, path, recipe)
     changed = dict(model=model, epochs=epochs, bs=bs, lr=lr, pretrained=pretrained, freeze=freeze,
                    freeze_epochs=freeze_epochs, layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix,
-                   rand_augment=rand_augment, early_stop=early_stop)
+                   rand_augment=rand_augment, early_stop=early_stop, class_weights=class_weights)
     changed = {k: v for k, v in changed.items() if v is not None}
     if model is not None or pretrained: changed['changes'] = {}     # they belong to the recipe's own model
     if pretrained: changed['model'] = Path(pretrained).name
-    if flip: changed['augment'] = RECIPES[name].augment | dict(flip=True)
-    if class_weights: changed['class_weights'] = True
+    augment = RECIPES[name].augment
+    if flip is not None and flip != augment.get('flip', False): changed['augment'] = augment | dict(flip=flip)
     r = replace(RECIPES[name], **changed)
     for option in ('columns', 'delim'):
         if read.get(option) and not _is_table(path): raise ValueError(f"--{option} is for a CSV file: leave it out")
     if img_size is not None and r.data != 'folder':
         raise ValueError(f"the images of {r.data} have a size of their own: leave out --img_size")
     for option, value in read.items():
-        if value is not None and r.data != 'folder':
+        if value is not None and value is not False and r.data != 'folder':
             raise ValueError(f"--{option} is for a folder of images, not for {r.data}: leave it out")
     if img_size is None: img_size = 0 if pretrained else vit_config(r.model, **r.changes).img_size   # 0: the weights'
     known = {k: v for k, v in asdict(r).items() if k != 'measured'}
@@ -868,12 +868,12 @@ def train(
     if path is not None and _is_table(data): path, pictures = None, os.path.abspath(path)
     given = dict(data=data, path=None if path is None else str(path), pictures=pictures, columns=columns, delim=delim,
                  recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr,
-                 seed=seed, img_size=img_size, precision=precision, compile=compile or None, flip=flip or None,
-                 class_weights=class_weights or None, resize=resize, value_range=_two_numbers(value_range),
-                 skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze or None,
+                 seed=seed, img_size=img_size, precision=precision, compile=compile, flip=flip,
+                 class_weights=class_weights, resize=resize, value_range=_two_numbers(value_range),
+                 skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze,
                  freeze_epochs=freeze_epochs, layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix,
-                 rand_augment=rand_augment, early_stop=early_stop, log=log, tta=tta or None,
-                 stream=stream or None, workers=workers, cache=cache and os.path.abspath(cache))
+                 rand_augment=rand_augment, early_stop=early_stop, log=log, tta=tta,
+                 stream=stream, workers=workers, cache=cache and os.path.abspath(cache))
     for name, value in {**given, 'device': device, 'out': out, 'resume': resume}.items():
         if value is not None and str(value) == '': raise ValueError(f"{name} is empty: leave it out, or say which")
     device, start = get_device(device), ''
