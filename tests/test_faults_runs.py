@@ -79,6 +79,21 @@ def test_a_run_resumes_from_anywhere(tmp_path, monkeypatch, no_pictures):
     a, b = ((tmp_path/name/'model.safetensors').read_bytes() for name in ('run', 'moved'))
     assert a == b
 
+def test_a_table_whose_pictures_have_moved(tmp_path, monkeypatch, no_pictures):
+    "They are found with --path, as the error says"
+    files = sorted(pictures(tmp_path/'here').rglob('*.png'))
+    rows = [f'{f.relative_to(tmp_path/"here")},{f.parent.name}' for f in files]
+    (tmp_path/'t.csv').write_text('\n'.join(['name,label', *rows]))
+    table = dict(data=str(tmp_path/'t.csv'), path=str(tmp_path/'here'))
+    part = unfinished(tmp_path/'run', monkeypatch, **table, **FOLDER)
+    shutil.copytree(part, tmp_path/'moved.part')
+    (tmp_path/'here').rename(tmp_path/'there')
+    with pytest.raises(FileNotFoundError, match='18 of 18 files are not there.*say with path .--path.'):
+        train(resume=tmp_path/'run', device='cpu')
+    for name, given in (('run', {}), ('moved', dict(data=table['data']))):
+        config = load_model(train(resume=tmp_path/name, path=tmp_path/'there', device='cpu', **given))[1]
+        assert (config['settings']['path'], config['settings']['pictures']) == (table['data'], str(tmp_path/'there'))
+
 def test_resume_from_within_the_folder(tmp_path, monkeypatch, no_pictures):
     part = unfinished(tmp_path/'run', monkeypatch)
     monkeypatch.chdir(part)

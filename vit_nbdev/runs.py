@@ -438,6 +438,7 @@ def _resumed(run, given):
 def _moved(data, path, pictures, settings):
     "Where the data of a run is now, put into its `settings`; what was given, to be compared with them"
     if data is not None: data, path = _data_name(data, path)
+    elif path is not None and _is_table(settings['path']): path, pictures = None, os.path.abspath(path)
     if path is not None and settings['path'] is not None: settings['path'] = path = os.path.abspath(path)
     if pictures is not None: settings['pictures'] = pictures
     return dict(data=data, path=path, pictures=pictures)
