@@ -13,7 +13,7 @@ from programs import shell
 from vit_nbdev import runs
 from vit_nbdev.cli import plain_errors, vit_explain, vit_predict, vit_train
 from vit_nbdev.data import digits_dls
-from vit_nbdev.learner import save_atomic
+from vit_nbdev.learner import save_atomic, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.report import plot_curves
 from vit_nbdev.runs import explain, load_model, predict, save_model, train
@@ -88,7 +88,7 @@ def test_a_table_whose_pictures_have_moved(tmp_path, monkeypatch, no_pictures):
     part = unfinished(tmp_path/'run', monkeypatch, **table, **FOLDER)
     shutil.copytree(part, tmp_path/'moved.part')
     (tmp_path/'here').rename(tmp_path/'there')
-    with pytest.raises(FileNotFoundError, match='18 of 18 files are not there.*say with path .--path.'):
+    with pytest.raises(OSError, match='18 of 18 files are not there.*say with path .--path.'):
         train(resume=tmp_path/'run', device='cpu')
     for name, given in (('run', {}), ('moved', dict(data=table['data']))):
         config = load_model(train(resume=tmp_path/name, path=tmp_path/'there', device='cpu', **given))[1]
@@ -269,6 +269,23 @@ def test_force_begins_an_unfinished_run_anew(tmp_path, monkeypatch, no_pictures)
     run = train(epochs=1, seed=1, device='cpu', out=tmp_path/'run', force=True)
     assert load_model(run)[1]['settings']['seed'] == 1 and not (run/'samples'/'old.png').exists()
     assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+@pytest.mark.parametrize('out', ['run.part', 'deeper/run.part', '/', '/..'])
+def test_names_that_are_none_for_a_run(out, tmp_path, monkeypatch):
+    "`NAME.part` is that of the unfinished run NAME"
+    monkeypatch.chdir(tmp_path)
+    said = "(^/|run.part) can't be the name of a run: .*runs/mine$"
+    learn = vit_learner(digits_dls(device='cpu'), 'digits')
+    with pytest.raises(ValueError, match=said): train(device='cpu', epochs=1, out=out, force=True)
+    with pytest.raises(ValueError, match=said): runs.save_run(learn, out, force=True)
+    assert not list(tmp_path.iterdir())
+
+def test_a_point_is_the_folder_that_it_means(tmp_path, monkeypatch):
+    (tmp_path/'mine'/'deep').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path/'mine'/'deep')
+    for out, name in (('.', 'mine/deep'), ('..', 'mine')):
+        with pytest.raises(FileExistsError, match=f'{tmp_path/name} exists: choose another --out'):
+            train(device='cpu', epochs=1, out=out)
 
 # --- Ctrl-C (43) ---
 

@@ -387,6 +387,14 @@ def _undisturbed():
     if pressed: signal.raise_signal(signal.SIGINT)
 
 # %% ../nbs/09_runs.ipynb #run00008
+def _run_path(out):
+    "The folder that is meant by `out`; ValueError if no run can have its name"
+    path = Path(out) if Path(out).name.strip('.') else Path(out).resolve()
+    if not path.name or path.suffix == '.part':
+        raise ValueError(f"{path} can't be the name of a run: choose another that is not empty and does not end in "
+                         ".part, such as runs/mine")
+    return path
+
 def _is_run(path): return path.is_dir() and ((path/'config.json').is_file() or not any(path.iterdir()))
 
 def _make_way(out, part, force):
@@ -643,7 +651,7 @@ def save_run(
     force: bool = False,  # replace `path` if it is a run
 ) -> Path:               # the folder, for `predict`, `load_model`, `vit_predict` and `vit_explain`
     "Write a run folder, whole or not at all, from a `Learner` that was trained by hand"
-    path, model = Path(path), get_model(learn.model)
+    path, model = _run_path(path), get_model(learn.model)
     if not isinstance(model, ViT): raise TypeError(f"the model is a {type(model).__name__}, expected a `ViT`")
     prep = preprocessing or learner_preprocessing(learn)
     if not prep.labels: prep = replace(prep, labels=tuple(str(name) for name in learn.dls.vocab))
@@ -888,7 +896,7 @@ def train(
         s = _settings(**given)
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
         if _is_table(s['path']): name = Path(name).stem
-        out = _free_name(Path('runs'), name) if out is None else Path(out)
+        out = _free_name(Path('runs'), name) if out is None else _run_path(out)
     _check_precision(s['precision'], device)
     _check_logger(s['log'])
     device = _join_processes(device)
