@@ -92,11 +92,11 @@ def answers(
         if name not in set(two.name): raise ValueError(f"there is no setting {name!r}")
         table = compare(two, to=to, value=value, overlap=overlap)
         seconds = two.groupby('name').seconds.min()
-        pairs = two.groupby('seed').name.nunique().eq(2).sum()
+        pairs = two.dropna(subset=value).groupby('seed').name.nunique().eq(2).sum()
         rows[question] = {value: table[value][name], 'instead of': table[value][to], 'pairs': pairs,
                           **table.loc[name].drop([value, 'n']),
                           'least seconds': f'{seconds[name]:.0f}, {seconds[to]:.0f}'}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.fillna('')
 
 # %% ../nbs/04a_experiments.ipynb #46f0b769
 def read_trials(
