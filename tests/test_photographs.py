@@ -1,5 +1,5 @@
 """Pictures that are read while the model trains: the same images as in memory, each once, what may go wrong."""
-import json, multiprocessing, random, time, warnings
+import json, multiprocessing, os, random, time, warnings
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +128,20 @@ def test_what_is_not_trained_on_is_read_before_training(split, folder):
     sentence = f"1 of 8 pictures can't be used: {bad} can't be read as an image.*; --skip_bad .* goes on without"
     with pytest.raises(ValueError, match=sentence): loaders(folder)
     assert sum(len(dl.dataset) for dl in loaders(folder, skip_bad=True).loaders) == 23
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_name_with_a_line_break_is_whole(folder, workers):
+    dls = loaders(folder, workers=workers, bs=4)
+    bad = folder/'a'/'one\ntwo.jpg'
+    bad.write_text('none')
+    dls.train_ds.x.names = np.array([os.fsencode(bad)]*len(dls.train_ds))
+    with pytest.raises(BadPicture) as e: list(dls.train)
+    assert str(e.value) == f"{bad} can't be read as an image: replace it or take it away"
+
+def test_what_a_sample_shows_is_said_of_the_sample(folder, monkeypatch):
+    monkeypatch.setattr(PictureFiles, 'sample', lambda self: torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+    lines = fact_lines(describe(loaders(folder)))
+    assert 'note: 5 of a sample of 5 training images show a single colour' in lines
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_picture_that_turns_unreadable(folder, workers):

@@ -75,6 +75,9 @@ BAD = {
     'twice': (lambda t: pd.concat([t, t[:1]]), {}, 'names 0.png twice'),
     'one class': (lambda t: t.assign(kind='a'), {}, 'has a to train with: two classes or more'),
     'split': (lambda t: t.assign(part='tset'), dict(split='part'), "'part' has tset, expected train, valid and test"),
+    'no split': (lambda t: t.assign(part=['train', 'test', ' ', 'valid', '']*4), dict(split='part'),
+                 "the column 'part' is empty in row 10, 13, 15, 18, 20 and 3 more"),
+    'no split, by its usual name': (lambda t: t.assign(split=['train']*19 + ['']), {}, "'split' is empty in row 20"),
     'class in test': (lambda t: t.assign(part=['train']*19 + ['test'], kind=[*t.kind[:-1], 'new']), dict(split='part'),
                       'test has classes that train lacks: new'),
 }

@@ -809,6 +809,7 @@ def table_dls(
     "Images that a table names, in memory or streamed"
     rows, where = _rows(table, [name, label, *([split] if split else [])], filled=[name] if delim else [name, label])
     if split is None and 'split' in rows: split = 'split'
+    if split: _check_filled(where, rows, split)
     if path is None: path = '.' if isinstance(table, pd.DataFrame) else Path(table).parent
     files = [Path(path)/str(f).strip() for f in rows[name]]
     if missing := [f for f in files if not f.is_file()]:
@@ -865,12 +866,14 @@ def _rows(table, columns, filled):
     if twice := [c for c in columns if list(table.columns).count(c) > 1]:
         raise ValueError(f"{where} has two columns {some(twice)}: rename one of them")
     if not len(table): raise ValueError(f"{where} holds no row")
-    for c in filled:
-        empty = [i + 1 for i, x in enumerate(table[c]) if pd.isna(x) or not str(x).strip()]
-        if empty: raise ValueError(f"{where}: the column {c!r} is empty in row {some(empty)} (the first is 1)")
+    for c in filled: _check_filled(where, table, c)
     names = table[columns[0]].astype(str).str.strip()
     if (twice := names[names.duplicated()].tolist()): raise ValueError(f"{where} names {some(set(twice))} twice")
     return table, where
+
+def _check_filled(where, table, column):
+    empty = [i + 1 for i, x in enumerate(table[column]) if pd.isna(x) or not str(x).strip()]
+    if empty: raise ValueError(f"{where}: the column {column!r} is empty in row {some(empty)} (the first is 1)")
 
 def _single(labels): return [c for several in labels for c in ([several] if isinstance(several, str) else several)]
 
@@ -904,13 +907,14 @@ def describe(
     splits = {name: dict(images=len(ds), folder=source.get('folders', {}).get(name),
                          also_in_train=0 if name == 'train' else ds.also_in(train))
               for name, ds in splits.items()}
-    x = train.x if isinstance(train.x, Tensor) else train.x.sample()
+    streamed = not isinstance(train.x, Tensor)
+    x = train.x.sample() if streamed else train.x
     levels = level_counts(x).sum(0).cumsum(0)
     dark, bright = (int((levels < levels[-1]*q).sum()) for q in (0.001, 0.999))
     flat = sum(int((part.amin(2) == part.amax(2)).all(1).sum()) for part in x.flatten(2).split(256))
     classes = [dict(name=str(c), **{s: n[i] for s, n in counts.items()}) for i, c in enumerate(vocab)]
-    return dict(splits=splits, classes=classes, contrast=dict(dark=dark, bright=bright, one_colour=flat),
-                **{k: v for k, v in source.items() if k != 'folders'})
+    contrast = dict(dark=dark, bright=bright, one_colour=flat) | (dict(sample=len(x)) if streamed else {})
+    return dict(splits=splits, classes=classes, contrast=contrast, **{k: v for k, v in source.items() if k != 'folders'})
 
 # %% ../nbs/03_data.ipynb #ee8048a2
 # longer than 40 lines: a sentence for each thing that can be seen
@@ -946,13 +950,14 @@ def fact_lines(
     alike = Counter(unicodedata.normalize('NFKC', c['name']).casefold().strip() for c in classes)
     if twice := [c['name'] for c in classes if alike[unicodedata.normalize('NFKC', c['name']).casefold().strip()] > 1]:
         lines.append(f"note: the classes {some(twice)} have nearly the same name: are they one?")
-    c, n = facts['contrast'], splits['train']['images']
+    c, n = facts['contrast'], f"{splits['train']['images']:,}"
+    if 'sample' in c: n = f"a sample of {c['sample']:,}"
     if c['bright'] - c['dark'] <= 64:
         lines.append(f"note: there is little contrast, training pixels run from {c['dark']} to {c['bright']} of "
                      "255: if black and white have other values in the files, say so (--value_range black,white)")
     if n_bare := facts.get('unlabelled'):
         lines.append(f"note: {n_bare:,} images have no label, and are taken for images of none of the classes")
-    if c['one_colour']: lines.append(f"note: {c['one_colour']:,} of {n:,} training images show a single colour")
+    if c['one_colour']: lines.append(f"note: {c['one_colour']:,} of {n} training images show a single colour")
     if train[-1][0] > 3*train[0][0]:
         hint = "the balanced accuracy, and at --class_weights" if 'unlabelled' not in facts else 'the F1 of each label'
         lines.append(f"note: the classes differ much in size: look at {hint}")

@@ -87,7 +87,7 @@ def _cut_out(pixels, box, flip, prep):
 # %% ../nbs/03a_photographs.ipynb #19f1dcf1
 class BadPicture(ValueError):
     "A file that can't be used; the sentence survives its way out of a worker process, which wraps it in a traceback"
-    def __init__(self, text): super().__init__(text.strip().splitlines()[-1].split('BadPicture: ')[-1])
+    def __init__(self, text): super().__init__(text.split('BadPicture: ')[-1].strip())
 
 # %% ../nbs/03a_photographs.ipynb #61880a81
 class PictureFiles:
