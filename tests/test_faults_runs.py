@@ -99,6 +99,17 @@ def test_resume_from_within_the_folder(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(part)
     assert load_model(train(resume='.', device='cpu'))[1]['settings']['epochs'] == 2
 
+def test_a_trained_run_goes_on_to_its_test(tmp_path, monkeypatch, no_pictures, capsys):
+    "With the precision that was found, if it is asked for again as it was; and nobody is told to delete anything"
+    part = unfinished(tmp_path/'run', monkeypatch, precision='auto')
+    with pytest.raises(ValueError, match='was begun with --precision fp32, not bf16'):
+        train(resume=tmp_path/'run', precision='bf16', device='cpu')
+    capsys.readouterr()
+    train(resume=tmp_path/'run', precision='auto', device='cpu')
+    said = capsys.readouterr().out
+    assert f"{part/'checkpoint.pt'} has this fit of 2 epochs to its end: none is left to train" in said
+    assert 'delete' not in said and 'test accuracy' in said
+
 def test_a_finished_run_gets_no_more_epochs(run):
     for epochs in (None, 5):
         with pytest.raises(ValueError, match='is finished: .* for more epochs train anew with --epochs'):

@@ -224,7 +224,7 @@ def test_a_second_fit_of_equal_length_trains(some_digits, tmp_path, capsys):
     again = quick(some_digits(), Checkpoint(tmp_path/'c.pt'))      # another process: both are there
     for _ in range(2):
         again.fit(1)
-        assert 'c.pt has this fit of 1 epochs to its end: delete the file to train anew' in capsys.readouterr().out
+        assert 'c.pt has this fit of 1 epochs to its end: none is left to train; without' in capsys.readouterr().out
     assert torch.equal(second, weights(again))
     again.fit(1)                                                   # the third is new
     assert not torch.equal(second, weights(again))

@@ -282,7 +282,9 @@ def test_a_run_that_stops_early_says_so(tmp_path, capsys, few_digits, no_picture
 
 def test_options_that_cant_be(tmp_path):
     for options, words in ((dict(mixup=1., cutmix=1.), 'choose one of them'), (dict(early_stop=-1), 'early_stop is -1'),
-                           (dict(rand_augment=31), 'must be from 1 to 30'), (dict(cutmix=-1.), 'cutmix is -1')):
+                           (dict(rand_augment=31), 'must be from 1 to 30'), (dict(cutmix=-1.), 'cutmix is -1'),
+                           (dict(bs=1, mixup=0.2), 'mix the images of a batch: choose a --bs of 2 or more'),
+                           (dict(bs=1, cutmix=0.2), 'mix the images of a batch: choose a --bs of 2 or more')):
         with pytest.raises(ValueError, match=words): train(device='cpu', out=tmp_path/'run', **options)
 
 # --- several views of each image ---

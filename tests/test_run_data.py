@@ -85,6 +85,7 @@ def test_an_empty_word_is_no_run(tmp_path, monkeypatch):
 
 BAD_READING = {
     'resize':      (dict(data='p', resize='stretch'), "resize='stretch' must be one of crop"),
+    'a word of Preprocessing': (dict(data='p', resize='border'), "'border' must be one of crop, squash, pad$"),
     'value_range': (dict(data='p', value_range='dark,light'), "value_range is 'dark,light', expected black,white"),
     'white first': (dict(data='p', value_range='255,0'), r'value_range=\(255.0, 0.0\) must be two numbers'),
     'digits':      (dict(resize='pad'), '--resize is for a folder of images, not for digits'),

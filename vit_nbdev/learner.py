@@ -684,7 +684,7 @@ def _parts(learn):
     parts = {name + "'"*names[:i].count(name): cb for i, (name, cb) in enumerate(zip(names, cbs))}
     return parts | ({'GradScaler': learn.scaler} if hasattr(learn, 'scaler') else {})
 
-# fastai's trackers live as long as a fit does; of one that is interrupted they must remember what they have seen
+# fastai's trackers begin each fit anew; in one that goes on they must know what they have seen
 @patch
 def state_dict(self: TrackerCallback): return dict(best=float(self.best), wait=vars(self).get('wait', 0))
 @patch
@@ -725,7 +725,8 @@ class Checkpoint(Callback):
         self.learn.first_epoch = self.n_epoch
         if len(state['fits']) == len(self.fits): _restore(self, state)
         if self.learn.first_epoch == self.n_epoch:
-            print(f"{self.file} has this fit of {self.n_epoch} epochs to its end: delete the file to train anew")
+            print(f"{self.file} has this fit of {self.n_epoch} epochs to its end: none is left to train; "
+                  "without the file it would begin anew")
 
     def after_epoch(self):
         if self.idle: return

@@ -253,6 +253,8 @@ _KINDS = {f.name: f.type for f in fields(Recipe) if f.name != 'measured'}
 _KINDS |= dict(recipe=str, seed=int, img_size=(int, tuple, list), precision=str, compile=bool, flip=bool,
                tta=bool, log=str)
 
+_RESIZE = ('crop', 'squash', 'pad')
+
 def _check_settings(s):
     "Refuse settings that can't be those of a run"
     for name, kind in _KINDS.items():
@@ -263,6 +265,10 @@ def _check_settings(s):
     if not 0 <= s['seed'] < 2**32: raise ValueError(f"seed is {s['seed']}, but must be from 0 to {2**32 - 1}")
     if s['recipe'] not in RECIPES: raise ValueError(f"there is no recipe {s['recipe']!r}")
     if not s['pretrained']: vit_config(s['model'], **{'img_size': s['img_size']} | s['changes'])  # complains if wrong
+    if (s['mixup'] or s['cutmix']) and s['bs'] < 2*max(num_distrib(), 1):
+        raise ValueError("--mixup and --cutmix mix the images of a batch: choose a --bs of 2 or more for each process")
+    if s.get('resize') not in (None, *_RESIZE):
+        raise ValueError(f"resize={s['resize']!r} must be one of {', '.join(_RESIZE)}")
     how = {k: s[k] for k in ('resize', 'value_range') if s.get(k) is not None}
     Preprocessing(s['img_size'] or 224, [0.5], [0.5], in_chans=1, **how)          # likewise
     if not 0 <= s['layer_decay'] <= 1: raise ValueError(f"layer_decay is {s['layer_decay']}, but must be from 0 to 1")
@@ -433,6 +439,7 @@ def _resumed(run, given):
     if not (part/'checkpoint.pt').is_file():
         raise FileNotFoundError(f"{part} has no checkpoint yet: start it again with --out {out} --force")
     settings = _checked_facts(part/'checkpoint.pt')
+    if given['precision'] == 'auto': given = given | dict(precision=None)       # it was found at the start
     given = given | _moved(given['data'], given['path'], given['pictures'], settings)
     for k, v in given.items():
         if v is not None and settings.get(k) != v:
