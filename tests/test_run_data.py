@@ -247,7 +247,7 @@ def test_what_is_said_of_memory_is_for_whoever_reads_it(tmp_path, monkeypatch, c
     monkeypatch.setattr(data, 'BUDGET', 0)
     for notebook in (False, True):
         monkeypatch.setattr(data, 'in_notebook', lambda: notebook)
-        dls = data.folder_dls(tmp_path/'p', img_size=8, device='cpu')
+        data.folder_dls(tmp_path/'p', img_size=8, device='cpu')
         said = capsys.readouterr().out
         assert 'they are read as they are needed' in said and ('stream=False would keep them' in said) == notebook
     assert isinstance(data.folder_dls(tmp_path/'p', img_size=8, device='cpu', stream=False).train_ds.x, torch.Tensor)

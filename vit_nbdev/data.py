@@ -914,7 +914,8 @@ def describe(
     flat = sum(int((part.amin(2) == part.amax(2)).all(1).sum()) for part in x.flatten(2).split(256))
     classes = [dict(name=str(c), **{s: n[i] for s, n in counts.items()}) for i, c in enumerate(vocab)]
     contrast = dict(dark=dark, bright=bright, one_colour=flat) | (dict(sample=len(x)) if streamed else {})
-    return dict(splits=splits, classes=classes, contrast=contrast, **{k: v for k, v in source.items() if k != 'folders'})
+    return dict(splits=splits, classes=classes, contrast=contrast,
+                **{k: v for k, v in source.items() if k != 'folders'})
 
 # %% ../nbs/03_data.ipynb #ee8048a2
 # longer than 40 lines: a sentence for each thing that can be seen

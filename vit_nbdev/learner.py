@@ -684,19 +684,17 @@ def _parts(learn):
     parts = {name + "'"*names[:i].count(name): cb for i, (name, cb) in enumerate(zip(names, cbs))}
     return parts | ({'GradScaler': learn.scaler} if hasattr(learn, 'scaler') else {})
 
-# fastai's trackers begin each fit anew; in one that goes on they must know what they have seen
-@patch
-def state_dict(self: TrackerCallback): return dict(best=float(self.best), wait=vars(self).get('wait', 0))
-@patch
-def load_state_dict(self: TrackerCallback, state): self.best, self.wait = float(state['best']), int(state['wait'])
+def _seen(tracker):
+    "What one of fastai's trackers knows of the epochs before, and the rates that it has come to"
+    lrs = [float(h['lr']) for h in tracker.opt.hypers] if isinstance(tracker, ReduceLROnPlateau) else []
+    return dict(best=float(tracker.best), wait=vars(tracker).get('wait', 0), lrs=lrs)
 
-@patch
-def state_dict(self: ReduceLROnPlateau):
-    return TrackerCallback.state_dict(self) | dict(lrs=[float(h['lr']) for h in self.opt.hypers])
-@patch
-def load_state_dict(self: ReduceLROnPlateau, state):
-    TrackerCallback.load_state_dict(self, state)
-    for h, lr in zip(self.opt.hypers, state['lrs'], strict=True): h['lr'] = float(lr)
+def _set_seen(tracker, state):
+    tracker.best, tracker.wait = float(state['best']), int(state['wait'])
+    if isinstance(tracker, ReduceLROnPlateau):
+        for h, lr in zip(tracker.opt.hypers, state['lrs'], strict=True): h['lr'] = float(lr)
+
+TrackerCallback.state_dict, TrackerCallback.load_state_dict = _seen, _set_seen
 
 # %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):
