@@ -365,3 +365,55 @@ def test_callback_beside_a_mixup(name):
     learn = Learner(dls, bugs.ViT(), CrossEntropyLossFlat(), cbs=[getattr(mixup, name)(0.2), diagnose_callback()])
     with learn.no_logging(): learn.fit(1)
     assert worse_than_notes(learn.diagnose.report) == [] and learn.diagnose.report.checks == list(CHECKS)
+
+# ---- what no optimizer sees ----
+
+class Hidden(bugs.ViT):
+    "A right ViT that adds to its tokens what `hide` keeps somewhere"
+    def __init__(self, hide, use):
+        super().__init__()
+        hide(self)
+        self.use = use
+    def forward(self, x): return self.head(self.pool(self.norm(self.blocks(self.use(self, self.embed(x))))))
+
+def table(**kw): return torch.randn(1, 17, bugs.DIM, **kw)
+def pair(): return bugs.Block(), nn.Linear(bugs.DIM, bugs.DIM)
+
+HIDDEN = {
+    'a parameter times a number': (lambda m: setattr(m, 'pos', nn.Parameter(table())*.02), lambda m, x: x + m.pos, 'pos'),
+    'a plain tensor': (lambda m: setattr(m, 'pos', table(requires_grad=True)), lambda m, x: x + m.pos, 'pos'),
+    'a list of tuples': (lambda m: setattr(m, 'layers', [pair(), pair()]),
+                         lambda m, x: m.layers[1][0](x + m.layers[0][1](x)), 'layers'),
+    'a dict of lists': (lambda m: setattr(m, 'layers', {'a': [nn.Parameter(table())]}),
+                        lambda m, x: x + m.layers['a'][0], 'layers'),
+    'a list with an underscore': (lambda m: setattr(m, '_layers', [bugs.Block()]), lambda m, x: m._layers[0](x),
+                                  '_layers')}
+
+@pytest.mark.parametrize('name', HIDDEN)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_what_no_optimizer_sees_is_named(name, dtype):
+    hide, use, key = HIDDEN[name]
+    given = bugs.images()
+    if dtype == torch.float64: torch.set_default_dtype(dtype)
+    try: model = Hidden(hide, use)
+    finally: torch.set_default_dtype(torch.float32)
+    found = worse_than_notes(diagnose(model, given['x'].to(dtype), given['y'], show=False))
+    assert [f for f in found if f[:2] == ('parameters', '') and f[2].endswith(f'`{key}`')]
+
+def seen(m, x):
+    "Keeps what it is given, in an attribute and in a list that grows"
+    m.last, _ = x, m.maps.append(x)
+    return x
+
+INNOCENT = {
+    'a frozen teacher': (lambda m: setattr(m, 'teacher', [bugs.ViT().requires_grad_(False)]), lambda m, x: x),
+    'modules without parameters': (lambda m: setattr(m, 'acts', [nn.ReLU(), nn.Identity()]), lambda m, x: m.acts[1](x)),
+    'a list of what is registered': (lambda m: setattr(m, 'order', [[*m.blocks], m.head.weight]), lambda m, x: x),
+    'a view of a parameter': (lambda m: setattr(m, 'first', m.head.weight[:1]*2), lambda m, x: x),
+    'what it was given last': (lambda m: vars(m).update(last=table(requires_grad=True), maps=[]), seen)}
+
+@pytest.mark.parametrize('name', INNOCENT)
+def test_what_is_kept_for_other_reasons_is_innocent(name):
+    hide, use = INNOCENT[name]
+    model = Hidden(hide, use)
+    assert worse_than_notes(diagnose(model, **bugs.images(), show=False)) == []

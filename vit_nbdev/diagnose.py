@@ -309,6 +309,36 @@ def jitter(
     size = p.detach().float().pow(2).mean().sqrt().item()
     return p.detach() + torch.randn_like(p) * (0.1*size if size > 1e-3 else 0.1)
 
+# %% ../nbs/07_diagnose.ipynb #0c3fa7d2
+def _held(obj):
+    "What lies in any nesting of plain lists, tuples, sets and dicts"
+    if isinstance(obj, Mapping): obj = list(obj.values())
+    return [o for held in obj for o in _held(held)] if isinstance(obj, (list, tuple, set)) else [obj]
+
+def _sources(t):
+    "The tensors that a tensor's gradient would arrive at: itself, or those that it was computed from"
+    if t.is_leaf: return [t]
+    found, seen, todo = [], set(), [t.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        if hasattr(node, 'variable'): found.append(node.variable)
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+def _unlisted(model):
+    "id -> (module, attribute, tensor or module) for what asks for training where torch does not see it"
+    known, own, found = {id(p) for p in model.parameters()}, vars(nn.Module()), {}
+    def lost(o):
+        if isinstance(o, nn.Module): return any(p.requires_grad and id(p) not in known for p in o.parameters())
+        return isinstance(o, Tensor) and o.requires_grad and not any(id(t) in known for t in _sources(o))
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in own or isinstance(value, nn.Module): continue     # a module hung in past torch is so on purpose
+            found |= {id(o): (name, key, o) for o in _held(value) if lost(o)}
+    return found
+
 # %% ../nbs/07_diagnose.ipynb #835e86ec
 class _Runner:
     "How `Probe` runs its model: undisturbed, on other inputs, and compared with a base run"
@@ -384,6 +414,7 @@ class Probe(_Changes):
         self.true = {n: p.detach().clone() for n, p in model.named_parameters()}
         with undisturbed(model): self.state = {n: jitter(p) for n, p in self.true.items()}
         self.trained = [n for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+        self.lost = _unlisted(model)   # before a run leaves something behind
         self.base = Watch()
         self.out = self.run(watch=self.base).detach()
 
@@ -855,15 +886,6 @@ def _gradients(p, **mode):
     grads = torch.autograd.grad(total, leaves, allow_unused=True) if outs else [None]*len(leaves)
     return dict(zip(p.trained, grads)), {n for n in p.trained if state[n].data_ptr() in seen.tables}
 
-def _unlisted(model):
-    "(module, attribute) of modules and parameters in plain lists, tuples and dicts, where torch does not see them"
-    known = {id(o) for o in [*model.modules(), *model.parameters(), *model.buffers()]}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key.startswith('_') or not isinstance(value, (list, tuple, dict)): continue
-            for o in value.values() if isinstance(value, dict) else value:
-                if isinstance(o, (nn.Module, nn.Parameter)) and id(o) not in known: yield name, key
-
 # %% ../nbs/07_diagnose.ipynb #3ef14ebe
 def _idle(p):
     "(names of parameters, what is wrong with them, advice), for each thing that may be wrong"
@@ -887,14 +909,19 @@ def _idle(p):
 # %% ../nbs/07_diagnose.ipynb #5b962418
 def check_parameters(p: Probe) -> list[Finding]:
     "Parameters that never get a gradient: not registered, not used, or used in part"
-    found, lost = [], list(_unlisted(p.model))
+    found, now = [], _unlisted(p.model)
     if p.true and not p.trained:
         found.append(Finding('parameters', 'note', '', 0, 'parameters are trained: all are frozen',
                              'Fine for a model that only predicts.'))
-    if lost:
-        found.append(Finding('parameters', 'error', lost[0][0], len(lost),
-                             f'modules or parameters in a plain container, `{lost[0][1]}`',
-                             'Use nn.ModuleList, ModuleDict or ParameterList, or no optimizer will see them.'))
+    if lost := [p.lost[i] for i in p.lost if i in now]:     # a run replaces what is only kept from the last one
+        name, key, first = lost[0]
+        if first is vars(p.model.get_submodule(name)).get(key):
+            detail, advice = f'tensors to train that are no parameters, `{key}`', (
+                'Register the nn.Parameter itself (a product of one is none), or no optimizer will see it.')
+        else:
+            detail, advice = f'modules or parameters in a plain container, `{key}`', (
+                'Use nn.ModuleList, ModuleDict or ParameterList, or no optimizer will see them.')
+        found.append(Finding('parameters', 'error', name, len(lost), detail, advice))
     for names, detail, advice in _idle(p):
         if not names: continue
         if len(names) == 1: detail = detail.replace('parameters', 'parameter', 1)
