@@ -417,3 +417,39 @@ def test_what_is_kept_for_other_reasons_is_innocent(name):
     hide, use = INNOCENT[name]
     model = Hidden(hide, use)
     assert worse_than_notes(diagnose(model, **bugs.images(), show=False)) == []
+
+# ---- padding ----
+
+class Padded(nn.Module):
+    "Tokens, or numbers (b n d), and keep (b n) -> classes, by the mean of the real tokens or for each of them"
+    def __init__(self, embed, per_token=False):
+        super().__init__()
+        self.embed, self.pos = embed, nn.Parameter(torch.randn(1, 9, bugs.DIM))
+        self.layer = nn.TransformerEncoderLayer(bugs.DIM, bugs.HEADS, 2*bugs.DIM, batch_first=True)
+        self.head, self.per_token = nn.Linear(bugs.DIM, bugs.CLASSES), per_token
+    def forward(self, x, keep):
+        x = self.layer(self.embed(x) + self.pos, src_key_padding_mask=~keep)
+        if self.per_token: return self.head(x) * keep[..., None]
+        return self.head((x*keep[..., None]).sum(1) / keep.sum(1, keepdim=True))
+
+def lengths(*n): return torch.arange(9) < torch.tensor(n)[:, None]
+
+@pytest.mark.parametrize('per_token', [False, True])
+@pytest.mark.parametrize('numbers', [False, True])
+def test_places_that_are_padding_everywhere_need_not_be_read(numbers, per_token):
+    keep = lengths(7, 5, 6, 7, 4, 7, 3, 5)
+    x, embed = torch.randint(11, (8, 9)), nn.Embedding(11, bugs.DIM)
+    if numbers: x, embed = torch.randn(8, 9, 8), nn.Linear(8, bugs.DIM)
+    assert worse_than_notes(diagnose(Padded(embed, per_token), (x, keep), mask=keep, show=False)) == []
+
+def test_places_that_no_mask_hides_must_be_read():
+    class Short(Padded):
+        def forward(self, x, keep): return super().forward(x, keep & (torch.arange(9) < 5))
+    keep = lengths(7, 5, 6, 7, 4, 7, 3, 5)
+    report = diagnose(Short(nn.Embedding(11, bugs.DIM)), (torch.randint(11, (8, 9)), keep), mask=keep, show=False)
+    assert {'reach', 'parameters'} <= {f.check for f in report if 'part' in f.detail or 'axis 1, 2 from 5' in f.detail}
+
+def test_a_padded_example_is_looked_at_wherever_it_stands_in_the_batch():
+    keep = lengths(*[9]*5, 4, 9, 9)
+    report = diagnose(bugs.CrossDropped(), (torch.randint(11, (8, 9)), keep), torch.arange(8) % 5, mask=keep, show=False)
+    assert ('mask', 'layer.self_attn') in [f[:2] for f in worse_than_notes(report)]

@@ -262,16 +262,18 @@ def other(
     return torch.where(pick.to(t.device).reshape(*pick.shape, *[1]*(t.ndim - pick.ndim)), new, t)
 
 # %% ../nbs/07_diagnose.ipynb #982ab8bf
-def _few(x, y=None):
-    "Indices of up to three examples, of different classes where there are labels; and the batch size of x"
+def _few(x, y=None, mask=None):
+    "Indices of up to three examples, a padded one first, of different classes if labelled; and the batch size of x"
     found = tensors(x)
     if not found: raise TypeError(f'x is {type(x).__name__} without a tensor in it; expected a tensor, tuple or dict')
     size = len(found[0]) if found[0].ndim else 0
     if size < 2: raise ValueError(f'x holds a batch of {size}; at least 2 are needed, to see if one changes another')
     if y is not None and len(y) != size: raise ValueError(f'y has {len(y)} entries; expected {size}, as many as x')
     labels = y.tolist() if y is not None and y.ndim == 1 and not y.is_floating_point() else [0]*size
-    fresh = [i for i in range(size) if labels[i] not in labels[:i]]
-    return (fresh + [i for i in range(size) if i not in fresh])[:3], size
+    padded = [i for i in range(size) if mask is not None and len(mask) == size and not mask[i].all()][:1]
+    order = padded + [i for i in range(size) if i not in padded]
+    fresh = [i for k, i in enumerate(order) if labels[i] not in [labels[j] for j in order[:k]]]
+    return (fresh + [i for i in order if i not in fresh])[:3], size
 
 def _cross_entropy(out, y):
     "Cross-entropy of logits (b c), or (b n c), and integer targets (b) or (b n)"
@@ -403,7 +405,7 @@ class Probe(_Changes):
         mask=None,      # bool, True where information flows: (n n) query by key, or (b n), b not n, False at padding
         output=None     # model output -> the tensor to look at; default: `first_output`
     ):
-        rows, size = _few(x, y)
+        rows, size = _few(x, y, mask)
         model = _unwrapped(model)
         take = lambda t: t.detach().as_subclass(Tensor)[rows] if t.ndim and len(t) == size else t.detach()
         self.model, self.size, self.output = model, len(rows), output or first_output
@@ -417,6 +419,11 @@ class Probe(_Changes):
         self.lost = _unlisted(model)   # before a run leaves something behind
         self.base = Watch()
         self.out = self.run(watch=self.base).detach()
+
+    def hidden(self, n):
+        "(n) bool, True at the places that are padding in all examples"
+        padded = self.mask is not None and self.mask.ndim == 3 and self.mask.shape[-1] == n
+        return ~self.mask.cpu().any(0)[0] if padded else torch.zeros(n, dtype=torch.bool)
 
     def rows(self, *rows):
         "(b) bool, True at these rows"
@@ -822,9 +829,12 @@ def _unread_tokens(p, x):
 def _unread(p):
     "Places of the first content tensor that no output depends on: bool, (b n) for integer tokens, else of its shape"
     x = p.content[0]
-    if not x.is_floating_point(): return _unread_tokens(p, x)
-    grad = next((grad for old, grad in p.input_gradients() if old is x), torch.ones_like(x))
-    return (grad == 0).all(0, keepdim=True).expand(x.shape).cpu()
+    if not x.is_floating_point(): dead = _unread_tokens(p, x)
+    else:
+        grad = next((grad for old, grad in p.input_gradients() if old is x), torch.ones_like(x))
+        dead = (grad == 0).all(0, keepdim=True).expand(x.shape).cpu()
+    if x.ndim > 1: dead = dead & ~p.hidden(x.shape[1]).reshape(-1, *[1]*(dead.ndim - 2))
+    return dead
 
 def _where(dead):
     "The indices along each axis at which everything is dead"
@@ -845,10 +855,11 @@ def _constant(p):
     "A finding if some of the output is the same whatever the input is"
     changed = differs(p.elsewhere, p.out)
     for axis in range(changed.ndim):
-        still = ~_along(changed, axis)
+        still = ~_along(changed, axis).cpu()
+        if axis: still &= ~p.hidden(len(still))
         if not still.any(): continue
         severity, module = 'warning', ''
-        if still.all(): severity, module = 'error', _stops(p.compare(p.replaced(p.rows(*range(p.size))))[1])
+        if not changed.any(): severity, module = 'error', _stops(p.compare(p.replaced(p.rows(*range(p.size))))[1])
         return [Finding('reach', severity, module, still.float().mean().item(),
                         f'of the output (along axis {axis}) is the same whatever the input is',
                         'Is the right token read, after the layers, and does each layer pass on what it is given?')]
@@ -901,7 +912,8 @@ def _idle(p):
     def own(n):     # made by hand, not the weight of one of torch's layers
         classes = type(p.model.get_submodule(n.rpartition('.')[0])).__mro__
         return n not in tables and not any(c.__module__.startswith('torch.nn.') for c in classes if c is not nn.Module)
-    def holes(g): return sum(k > 1 for k in g.shape) > 1 and any(not _along(g != 0, i).all() for i in range(g.ndim))
+    def full(g, axis): return (_along(g != 0, axis).cpu() | p.hidden(g.shape[axis])).all()
+    def holes(g): return sum(k > 1 for k in g.shape) > 1 and not all(full(g, i) for i in range(g.ndim))
     yield ([n for n, g in grads.items() if g.any() and own(n) and holes(g)],
            'parameters of which a part has no gradient',
            'Is it cut to size? Are there positions for more tokens than they are added to?')
