@@ -380,7 +380,8 @@ def table(**kw): return torch.randn(1, 17, bugs.DIM, **kw)
 def pair(): return bugs.Block(), nn.Linear(bugs.DIM, bugs.DIM)
 
 HIDDEN = {
-    'a parameter times a number': (lambda m: setattr(m, 'pos', nn.Parameter(table())*.02), lambda m, x: x + m.pos, 'pos'),
+    'a parameter times a number': (lambda m: setattr(m, 'pos', nn.Parameter(table())*.02),
+                                   lambda m, x: x + m.pos, 'pos'),
     'a plain tensor': (lambda m: setattr(m, 'pos', table(requires_grad=True)), lambda m, x: x + m.pos, 'pos'),
     'a list of tuples': (lambda m: setattr(m, 'layers', [pair(), pair()]),
                          lambda m, x: m.layers[1][0](x + m.layers[0][1](x)), 'layers'),
@@ -450,6 +451,169 @@ def test_places_that_no_mask_hides_must_be_read():
     assert {'reach', 'parameters'} <= {f.check for f in report if 'part' in f.detail or 'axis 1, 2 from 5' in f.detail}
 
 def test_a_padded_example_is_looked_at_wherever_it_stands_in_the_batch():
-    keep = lengths(*[9]*5, 4, 9, 9)
-    report = diagnose(bugs.CrossDropped(), (torch.randint(11, (8, 9)), keep), torch.arange(8) % 5, mask=keep, show=False)
+    keep, y = lengths(*[9]*5, 4, 9, 9), torch.arange(8) % 5
+    report = diagnose(bugs.CrossDropped(), (torch.randint(11, (8, 9)), keep), y, mask=keep, show=False)
     assert ('mask', 'layer.self_attn') in [f[:2] for f in worse_than_notes(report)]
+
+# ---- experts, caches, numbers made on the way ----
+
+class Experts(nn.Module):
+    "A mixture of experts, each of them called with the tokens that choose it, if there are any"
+    mixing = 0.
+    def __init__(self, n=4):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(bugs.DIM, n), nn.ModuleList(bugs.MLP() for _ in range(n))
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.gate(tokens).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            row, place = (chosen == i).nonzero(as_tuple=True)
+            if len(row): out = out.index_add(0, row, expert(tokens[row]) * weights[row, place, None])
+        return out.view(x.shape) + self.mixing*x.mean(0)
+
+class MixingExperts(Experts):
+    mixing = .1
+
+@pytest.mark.parametrize('seed', range(3))
+def test_experts_whose_rows_depend_on_what_is_in_them(seed):
+    torch.manual_seed(seed)
+    for model, given in (bugs.ViT(mlp=Experts), bugs.images()), (bugs.Decoder(mlp=Experts), bugs.causal_ids()):
+        assert worse_than_notes(diagnose(model, **given, skip=['parameters'], show=False)) == []    # some have no token
+    found = [f[:2] for f in worse_than_notes(diagnose(bugs.ViT(mlp=MixingExperts), **bugs.images(), show=False))]
+    assert ('batch', 'blocks.0.mlp') in found
+    leaking = bugs.Decoder(attn=bugs.MaskDropped, mlp=Experts)
+    found = [f[:2] for f in worse_than_notes(diagnose(leaking, **bugs.causal_ids(), show=False))]
+    assert ('mask', 'blocks.0.attn') in found
+
+class Cache:
+    "Keys and values so far, as the layers of a decoder pass them on"
+    def __init__(self): self.kept = {}
+    def update(self, layer, *new):
+        self.kept[layer] = [torch.cat(pair, 2) for pair in zip(self.kept[layer], new)] if layer in self.kept else new
+        return self.kept[layer]
+
+class Cached(bugs.Attention):
+    n_layer = 0
+    def mask(self, scores): return scores.masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    def forward(self, x, cache):
+        q, k, v = (self.split(t) for t in self.qkv(x).chunk(3, -1))
+        return self.proj(self.merge(self.attend(q, *cache.update(self.n_layer, k, v))))
+
+class CachedDecoder(bugs.Decoder):
+    def forward(self, x):
+        x, cache = self.pos(self.embed(x)), Cache()
+        for i, b in enumerate(self.blocks):
+            b.attn.n_layer = i
+            x = x + b.attn(b.norm1(x), cache)
+            x = x + b.mlp(b.norm2(x))
+        return self.head(self.norm(x))
+
+def test_a_cache_that_modules_write_into_is_given_anew_to_each_run():
+    assert worse_than_notes(diagnose(CachedDecoder(attn=Cached), **bugs.causal_ids(), show=False)) == []
+
+class Diffusion(nn.Module):
+    "Tokens and a time (b), which sines in float32 encode -> tokens"
+    def __init__(self, attn=bugs.Attention):
+        super().__init__()
+        self.time, self.blocks = nn.Linear(16, bugs.DIM), nn.ModuleList(bugs.Block(attn) for _ in range(2))
+    def forward(self, x, t):
+        angle = t[:, None].float() * torch.exp(-torch.arange(8, dtype=torch.float32))
+        kept = torch.zeros(x.shape)
+        kept[:] = x
+        x = kept + self.time(torch.cat([angle.cos(), angle.sin()], -1))[:, None]
+        for b in self.blocks: x = b(x)
+        return x
+
+class DetachedValues(bugs.Attention):
+    def attend(self, q, k, v): return super().attend(q, k, v.detach())
+
+@pytest.mark.parametrize('seed', range(3))
+def test_numbers_made_in_float32_do_not_stop_the_gradient_check(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(4, 9, bugs.DIM), torch.randint(1000, (4,))
+    assert worse_than_notes(diagnose(Diffusion(), x, skip=['positions'], show=False)) == []
+    found = worse_than_notes(diagnose(Diffusion(DetachedValues), x, show=False))
+    assert ('gradient', 'blocks.0.attn') in [f[:2] for f in found]
+
+def test_a_model_that_knows_no_float64_gets_a_note():
+    class Single(nn.Linear):
+        def forward(self, x):
+            if x.dtype == torch.float64: raise RuntimeError('expected Float')
+            return super().forward(x)
+    report = diagnose(bugs.ViT(head=Single), **bugs.images(), show=False)
+    assert report and [(f.check, f.severity) for f in report] == [('gradient', 'note')]
+
+@pytest.mark.parametrize('loss', ['binary', 'squares'])
+def test_one_number_for_each_example_and_integer_targets(loss):
+    class One(bugs.ViT):
+        def forward(self, x): return super().forward(x)[:, 0]
+    binary = loss == 'binary'
+    loss_func = nn.functional.binary_cross_entropy_with_logits if binary else nn.functional.mse_loss
+    report = diagnose(One(), bugs.images()['x'], torch.tensor([0, 1, 1, 0]), lambda out, y: loss_func(out, y.float()),
+                      skip=['parameters', 'reach'], show=False)
+    assert worse_than_notes(report) == [] and 'loss' in report.checks
+
+# ---- attention of other kinds ----
+
+class Sink(bugs.Attention):
+    "One more score for each head, which takes weight and has no value"
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(1, bugs.HEADS, 1, 1))
+    def weights(self, scores):
+        sink = self.sink.expand(len(scores), -1, scores.shape[2], -1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+class Differential(bugs.Attention):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Parameter(torch.tensor(.4))
+    def attend(self, q, k, v):
+        halves = zip(q.chunk(2, -1), k.chunk(2, -1))
+        a, b = ((q @ k.mT * q.shape[-1]**-.5).softmax(-1) for q, k in halves)
+        return (a - self.part*b) @ v
+
+class OneKey(bugs.Attention):
+    def attend(self, q, k, v): return super().attend(q, k.mean(2, keepdim=True), v.mean(2, keepdim=True))
+
+class Temperature(bugs.Attention):
+    "Learned, as logarithms or as they are, for all heads or for each, of the scores or of the queries"
+    form, shape, early = staticmethod(torch.exp), (), False
+    def __init__(self):
+        super().__init__()
+        self.t = nn.Parameter(torch.full(self.shape, -.7))
+    def attend(self, q, k, v):
+        t = self.form(self.t)
+        return (q*t @ k.mT if self.early else t*(q @ k.mT)).softmax(-1) @ v
+
+class Clamped(Temperature):
+    form = staticmethod(lambda t: t.clamp(max=4.6).exp())
+class Softplus(Temperature):
+    form, shape = staticmethod(nn.functional.softplus), (bugs.HEADS, 1, 1)
+class OfQueries(Temperature):
+    form, shape, early = staticmethod(torch.abs), (1,), True
+
+class RightToLeft(bugs.Attention):
+    def forward(self, x): return super().forward(x.flip(1)).flip(1)
+
+@pytest.mark.parametrize('attn', [Sink, Differential, OneKey, Temperature, Clamped, Softplus, OfQueries, RightToLeft])
+def test_right_attention_of_another_kind_raises_no_alarm(attn):
+    report = diagnose(bugs.ViT(attn=attn), **bugs.images(), show=False)
+    assert worse_than_notes(report) == []
+    assert ('attention' in [f.check for f in report]) == (attn in (Sink, Differential))
+
+class Torn(bugs.Attention):
+    "Only the queries, keys or values are split by a reshape"
+    which = 0
+    def forward(self, x):
+        parts = list(self.qkv(x).chunk(3, -1))
+        torn = parts[self.which].reshape(x.shape[0], self.n_heads, x.shape[1], -1)
+        parts = [torn if i == self.which else self.split(t) for i, t in enumerate(parts)]
+        return self.proj(self.merge(self.attend(*parts)))
+
+@pytest.mark.parametrize('which', range(3), ids=['queries', 'keys', 'values'])
+def test_one_of_three_torn_apart_is_found(which):
+    attn = type('Torn', (Torn,), {'which': which})
+    found = worse_than_notes(diagnose(bugs.ViT(attn=attn), **bugs.images(), show=False))
+    assert ('attention', 'blocks.0.attn', 'of the heads see a token; expected 1') in found

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['LEVELS', 'CHECKS', 'Finding', 'Report', 'tensors', 'map_tensors', 'first_output', 'undisturbed', 'watched', 'differs',
            'far', 'Watch', 'first_bad', 'is_content', 'other', 'jitter', 'Probe', 'check_finite', 'check_inplace',
-           'check_repeat', 'apart', 'mixing', 'check_batch', 'check_batch_size', 'check_training_batch', 'check_mask',
-           'Tape', 'check_attention', 'gap', 'check_gradient', 'check_reach', 'check_parameters', 'check_positions',
-           'Calm', 'check_modes', 'check_loss', 'check_overfit', 'diagnose', 'NotHealthy', 'diagnose_callback']
+           'check_repeat', 'apart', 'mixing', 'check_batch', 'check_batch_size', 'Calm', 'check_training_batch',
+           'check_mask', 'Tape', 'check_attention', 'gap', 'check_gradient', 'check_reach', 'check_parameters',
+           'check_positions', 'check_modes', 'check_loss', 'check_overfit', 'diagnose', 'NotHealthy',
+           'diagnose_callback']
 
 # %% ../nbs/07_diagnose.ipynb #83579a9b
 import math, random, sys, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -23,6 +25,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/07_diagnose.ipynb #dce587d3
@@ -76,11 +79,13 @@ def map_tensors(
     f,  # Tensor -> Tensor
     obj # tensors in any nesting of tuples, lists and dicts
 ):
-    "The same nesting with `f` of every tensor"
+    "The same nesting with `f` of every tensor, and copies of what else is in it, such as a cache"
     if isinstance(obj, Tensor): return f(obj)
     if isinstance(obj, Mapping): return {k: map_tensors(f, v) for k, v in obj.items()}
     if isinstance(obj, tuple) and hasattr(obj, '_fields'): return type(obj)(*(map_tensors(f, o) for o in obj))
-    return type(obj)(map_tensors(f, o) for o in obj) if isinstance(obj, (tuple, list)) else obj
+    if isinstance(obj, (tuple, list)): return type(obj)(map_tensors(f, o) for o in obj)
+    try: return obj if isinstance(obj, nn.Module) else deepcopy(obj)
+    except Exception: return obj     # what cannot be copied is shared
 
 # %% ../nbs/07_diagnose.ipynb #7ca69c8a
 def first_output(
@@ -185,17 +190,23 @@ def differs(
 
 def far(
     a, # a tensor
-    b  # the same tensor in another run
+    b, # the same tensor in another run
+    by=1e-3 # a thousandth of the largest entry: more than rounding explains
 ) -> Tensor: # bool, of the shape of `a`
-    "Where two runs differ by more than rounding explains: a thousandth of the largest entry"
+    "Where two runs differ by more than this part of the largest entry"
     if a.shape != b.shape or not a.numel() or not a.is_floating_point(): return differs(a, b)
-    return (a - b).abs() > 1e-3*b.abs().max() + 1e-12
+    return (a - b).abs() > by*b.abs().max() + 1e-12
+
+def _beyond_rounding(a, b):
+    "Where two runs differ by more than the order of sums explains, as in experts that get more rows or fewer"
+    return far(a, b, min(1e-3, 100*torch.finfo(b.dtype).eps)) if b.is_floating_point() else differs(a, b)
 
 # %% ../nbs/07_diagnose.ipynb #ff483a4f
 @dataclass(eq=False)
 class _Call:
     "One run of one module: what went in and what came out, or masks of where it differs from another run"
     name: str        # dotted name of the module
+    turn: int        # how many calls of this module the run has had, with this one
     module: nn.Module
     given: tuple     # (args, kwargs)
     ins: list
@@ -205,24 +216,28 @@ class Watch:
     "Notes every call of every module in a run; with `base`, an earlier run, it notes where the two differ"
     def __init__(self, base=None, differ=differs):
         self.base, self.differ = base, differ
-        self.started, self.open, self.calls = [], [], []   # in order of start; still running; in order of end
+        self.started, self.open, self.calls = {}, [], []   # by (name, turn); still running; in order of end
 
-    def keep(self, obj, side, i):
+    def same(self, call): return self.started.get((call.name, call.turn))    # None: an expert, say, without tokens
+
+    def keep(self, obj, side, call):
         if self.base is None: return [t.detach().clone() for t in tensors(obj)]
-        if i >= len(self.base.started): return []
-        return [self.differ(a.detach(), b) for a, b in zip(tensors(obj), getattr(self.base.started[i], side))]
+        then = self.base.same(call)
+        return [self.differ(a.detach(), b) for a, b in zip(tensors(obj), getattr(then, side))] if then else []
 
     def enter(self, name, module, given):
-        i = len(self.started)
+        turn = 1
+        while (name, turn) in self.started: turn += 1
         if self.base is None: given = map_tensors(lambda t: t.detach().clone(), given)
-        ins = tensors(given) if self.base is None else self.keep(given, 'ins', i)
-        self.started.append(_Call(name, module, given if self.base is None else (), ins, []))
-        self.open.append(i)
+        call = _Call(name, turn, module, given if self.base is None else (), [], [])
+        call.ins = tensors(given) if self.base is None else self.keep(given, 'ins', call)
+        self.started[name, turn] = call
+        self.open.append(call)
 
     def leave(self, out):
-        i = self.open.pop()
-        self.started[i].outs = self.keep(out, 'outs', i)
-        self.calls.append(self.started[i])
+        call = self.open.pop()
+        call.outs = self.keep(out, 'outs', call)
+        self.calls.append(call)
 
 # %% ../nbs/07_diagnose.ipynb #0d17c480
 def first_bad(
@@ -230,7 +245,8 @@ def first_bad(
     *watches # the runs to look at together
 ):
     "The first call to finish with a bad output although nothing that went in was bad; None if there is none"
-    for calls in zip(*(w.calls for w in watches)):
+    for calls in ([w.same(c) for w in watches] for c in watches[0].calls):
+        if None in calls: continue
         outs, ins = (list(zip(*(getattr(c, side) for c in calls))) for side in ('outs', 'ins'))
         if any(bad(*ts) for ts in outs) and not any(bad(*ts) for ts in ins): return calls[0]
 
@@ -487,18 +503,23 @@ def apart(
     b  # bool, where it changes with another one
 ) -> bool:
     "Is there an axis along which the two images keep to different places? (A single number, such as a loss, may mix.)"
-    if a.ndim == 0 or not (a.any() and b.any()): return True
+    if a.ndim == 0 or a.shape != b.shape: return True      # of rows chosen by what is in them there is no telling
+    if not (a.any() and b.any()): return True
     return any(not (_along(a, i) & _along(b, i)).any() for i in range(a.ndim))
 
 def mixing(
     p,         # `Probe`
     base=None, # (watch, output) of the run to compare with; default: that of `p`
+    differ=differs,
     **mode     # for `Probe.run`
 ) -> tuple: # does an image change another one's output?; the first call that mixes two images, or None
     "Replace the images one by one and see whether they stay apart"
-    changed, watches = zip(*(p.compare(p.replaced(p.rows(i)), base, **mode) for i in range(p.size)))
+    changed, watches = zip(*(p.compare(p.replaced(p.rows(i)), base, differ, **mode) for i in range(p.size)))
     crosses = any(m[j].any() for i, m in enumerate(changed) for j in range(len(m)) if j != i)
-    return crosses, first_bad(lambda *ms: not all(apart(a, b) for a, b in combinations(ms, 2)), *watches)
+    call = first_bad(lambda *ms: not all(apart(a, b) for a, b in combinations(ms, 2)), *watches)
+    if differ is differs and (crosses or call) and mixing(p, base, _beyond_rounding, **mode) == (False, None):
+        return False, None
+    return crosses, call
 
 # %% ../nbs/07_diagnose.ipynb #2fc75951
 def _share_of_others(p):
@@ -546,18 +567,30 @@ def check_batch_size(p: Probe) -> list[Finding]:
     return [Finding('batch size', 'error', *found, "of an image's output changes when it comes alone",
                     'Is something indexed or scaled by the batch size, as pe[x.shape[0]] for pe[:x.shape[1]]?')]
 
+# %% ../nbs/07_diagnose.ipynb #e8a4d6c1
+class Calm(TorchDispatchMode):
+    "Dropout, of any make that draws from Bernoulli, is replaced by what it does on average: nothing"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        op, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if op == 'native_dropout': return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if op in ('bernoulli', 'bernoulli_'):
+            rate = args[1] if len(args) > 1 else kwargs.get('p', args[0] if op == 'bernoulli' else .5)
+            return (args[0] if op == 'bernoulli_' else torch.empty_like(args[0])).copy_(torch.as_tensor(rate))
+        return func(*args, **kwargs)
+
 # %% ../nbs/07_diagnose.ipynb #7de6cc72
 def check_training_batch(p: Probe) -> list[Finding]:
     "Information that crosses the batch in training mode; batch norm is meant to"
     found, stills = [], [()]
     if any(isinstance(m, _BatchNorm) for m in p.model.modules()): stills.append(_BatchNorm)
     for still in stills:
-        mode = dict(train=True, still=still)
-        out, mates = p.run(**mode), p.run(p.replaced(~p.rows(0)), **mode)
-        if not differs(mates[:1], out[:1]).any(): continue
-        watch = Watch()
-        out = p.run(watch=watch, **mode)
-        _, call = mixing(p, (watch, out), **mode)
+        mode, watch = dict(train=True, still=still), Watch()
+        with Calm():
+            out, mates = p.run(**mode), p.run(p.replaced(~p.rows(0)), **mode)
+            if not differs(mates[:1], out[:1]).any(): continue
+            out = p.run(watch=watch, **mode)
+            crosses, call = mixing(p, (watch, out), **mode)
+        if not crosses: continue       # by rounding
         norm = isinstance(call and call.module, _BatchNorm)
         if norm and still: continue    # batch statistics in eval mode: check_batch has said so
         advice = 'By design: batch norm.' if norm else _batch_advice(call)
@@ -575,22 +608,26 @@ def _hidden(mask):
     cases = [(torch.arange(n) == key, reach[:, key] == 0, None) for key in sorted({1 % n, n//2, n - 1})]
     return [c for c in cases if c[1].any()]
 
+def _leak(p, tokens, safe, row, differ=differs):
+    "A list of one finding if the safe places change with the hidden tokens, or else an empty one"
+    n, rows = len(safe), torch.ones(p.size, dtype=torch.bool) if row is None else p.rows(row)
+    def leaks(m): # is there no axis of n along which the safe places stay as they are?
+        sides = [m.movedim(i, 0)[safe] for i in range(m.ndim) if m.shape[i] == n]
+        return bool(sides) and all(bool(side.any()) for side in sides)
+    changed, watch = p.compare(p.replaced(rows[:, None] & tokens), differ=differ)
+    changed = changed[rows]
+    per_token = changed.ndim > 1 and changed.shape[1] == n
+    seen, sure = changed[:, safe] if per_token else changed, per_token or row is not None
+    call = first_bad(leaks, watch)
+    if not (seen.any() if sure else call): return []
+    return [Finding('mask', 'error' if sure else 'warning', _name_of(call), seen.float().mean().item(),
+                    'of the output that must not change does, when hidden tokens are replaced',
+                    'Is the mask used (masked_fill returns a copy), before the softmax, the right way round?')]
+
 def check_mask(p: Probe) -> list[Finding]:
     "Information from the future (`causal`), from padding, or past any mask that is given"
-    for tokens, safe, row in _hidden(p.mask.cpu()) if p.mask is not None else ():
-        n, rows = len(safe), torch.ones(p.size, dtype=torch.bool) if row is None else p.rows(row)
-        def leaks(m): # is there no axis of n along which the safe places stay as they are?
-            sides = [m.movedim(i, 0)[safe] for i in range(m.ndim) if m.shape[i] == n]
-            return bool(sides) and all(bool(side.any()) for side in sides)
-        changed, watch = p.compare(p.replaced(rows[:, None] & tokens))
-        changed = changed[rows]
-        per_token = changed.ndim > 1 and changed.shape[1] == n
-        seen, sure = changed[:, safe] if per_token else changed, per_token or row is not None
-        call = first_bad(leaks, watch)
-        if not (seen.any() if sure else call): continue
-        return [Finding('mask', 'error' if sure else 'warning', _name_of(call), seen.float().mean().item(),
-                        'of the output that must not change does, when hidden tokens are replaced',
-                        'Is the mask used (masked_fill returns a copy), before the softmax, the right way round?')]
+    for case in _hidden(p.mask.cpu()) if p.mask is not None else ():
+        if (found := _leak(p, *case)) and _leak(p, *case, _beyond_rounding): return found
     return []
 
 # %% ../nbs/07_diagnose.ipynb #b0a258c8
@@ -611,17 +648,25 @@ class _Attention:
     axis: int         # of the softmax, counted from the end
     peak: float       # largest weight of a query, mean
     spread: float     # largest less smallest weight of a query, in units of the uniform weight, mean
+    keys: int         # how many weights a query has
     user: str = None  # module that weighs values with it; None if there is none
     total: float = 1. # the sum of a query's weights that is furthest from 1, where values are weighed
+    values: Tensor = None # (l m d), what they weigh
+    sink: bool = False    # is a key left out after the softmax?
+    mixed: bool = False   # have weights of another softmax been added or subtracted?
     across: bool = False # do the weights sum to 1 along another axis?
 
 # %% ../nbs/07_diagnose.ipynb #a299fa85
+def _is_nan(tag): return isinstance(tag, float) and math.isnan(tag)
+
 class _Tags(TorchDispatchMode):
     "Follows q k to its softmax and the weights to the values, by tags on the memory that they lie in"
     def __init__(self, learned=(), inject=None):
         super().__init__()
-        self.learned = {t.data_ptr() for t in learned}   # parameters: a learned temperature cannot be judged
-        self.inject, self.tags, self.found, self.open = inject, {}, [], ['']
+        self.learned = {t.data_ptr() for t in learned}
+        # a learned temperature, of one number or of one for each head, cannot be judged: its tag is nan
+        self.tags = {t.data_ptr(): math.nan for t in learned if t.numel() and t.shape[-1:] in ((), (1,))}
+        self.inject, self.found, self.open = inject, [], ['']
 
     def enter(self, name, module, given): self.open.append(name)
     def leave(self, out): self.open.pop()
@@ -629,11 +674,14 @@ class _Tags(TorchDispatchMode):
     def scaled(self, op, args, tag):
         number = math.nan
         for a in args[:2] if op == 'mul' else args[1:2]:
-            if not isinstance(a, Tensor) or a.numel() == 1 and a.data_ptr() not in self.learned: number = float(a)
+            if not isinstance(a, Tensor) or a.numel() == 1 and not self.free(a): number = float(a)
         if op == 'div': number = 1/number if number else math.nan
         if isinstance(tag, _Product): return replace(tag, factor=tag.factor*number, since=tag.since*number)
         if isinstance(tag, _Attention): return tag
+        if any(isinstance(a, Tensor) and self.free(a) for a in args[:2]): return math.nan
         return None if math.isnan(number) else (tag or 1.)*number
+
+    def free(self, t): return _is_nan(self.tags.get(t.data_ptr()))
 
     def softmaxed(self, out, axis, tag):
         w = out.float().movedim(axis, -1)
@@ -641,20 +689,22 @@ class _Tags(TorchDispatchMode):
         product = tag if isinstance(tag, _Product) else None
         if axis >= 0: axis -= out.ndim
         spread = ((top - low)*w.shape[-1]).mean().item()
-        self.found.append(_Attention(product, self.open[-1], axis, top.mean().item(), spread))
+        self.found.append(_Attention(product, self.open[-1], axis, top.mean().item(), spread, w.shape[-1]))
         return self.found[-1]
 
 # %% ../nbs/07_diagnose.ipynb #afdff10f
 class Tape(_Tags):
     "Sees every operation of a run, below autograd"
     KEEP = {'add', 'sub', 'masked_fill', 'where', 'clone', '_to_copy', 'clamp', 'clamp_min', 'maximum'}  # pass tags on
+    FREE = {'exp', 'softplus', 'abs', 'clamp_max', 'minimum', 'sigmoid', 'reciprocal', 'pow', 'sqrt', 'rsqrt'}   # a nan
 
     def multiplied(self, a, b, tag_a, tag_b, alpha, out):
         if {a.data_ptr(), b.data_ptr()} & self.learned: return None   # a linear layer
         for w, axis, tag in ((a, -1, tag_a), (b, -2, tag_b)):
             if not isinstance(tag, _Attention): continue
             total, queries = w.float().sum(axis).flatten(), -3 - axis
-            tag.user = self.open[-1]
+            tag.user, tag.values = self.open[-1], b if axis == -1 else a.mT
+            tag.sink = tag.axis == -1 and w.shape[axis] < tag.keys
             tag.total = total[((total - 1).abs()*(total != 0)).argmax()].item()
             tag.across = tag.axis < -2 or bool(((w.float().sum(queries) - 1).abs() < .01).all())
             if self.inject is not None and out.shape[queries] > self.inject: out.select(queries, self.inject).add_(1)
@@ -667,12 +717,14 @@ class Tape(_Tags):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op, given, kwargs = func.overloadpacket.__name__.rstrip('_'), tensors(args), kwargs or {}
         tags = [self.tags.get(t.data_ptr()) for t in given]
-        out, tag = func(*args, **kwargs), next((t for t in tags if t is not None), None)
+        out, weights = func(*args, **kwargs), [t for t in tags if isinstance(t, _Attention)]
+        tag = next((t for t in tags if isinstance(t, (_Product, _Attention))), next((t for t in tags if t), None))
+        if op in ('add', 'sub') and len(weights) > 1: tag.mixed = True
         if op == 'bmm': tag = self.multiplied(*given, *tags, 1., out)
         elif op == 'baddbmm': tag = self.multiplied(*given[1:], *tags[1:], kwargs.get('alpha', 1), out)
         elif op in ('mul', 'div'): tag = self.scaled(op, args, tag)
         elif op in ('_softmax', '_safe_softmax'): tag = self.softmaxed(out, args[1], tag)
-        elif op not in self.KEEP: tag = None
+        elif op not in self.KEEP and not (op in self.FREE and _is_nan(tag)): tag = None
         same = {t.data_ptr() for t in given} if op not in ('mul', 'div') else ()
         for t in tensors(out):
             if t.data_ptr() in same: continue   # a view of what went in, or written in place: the tag stays
@@ -695,28 +747,31 @@ def _own_state(p, module):
     return state | {n: p.state[names[id(q)]] for n, q in module.named_parameters()}   # tied ones once
 
 def _products(p, call, given=None):
-    "The queries and keys of the first attention in this module"
+    "The queries, keys and values (l n d) of the first attention in this module"
     tape = Tape(p.state.values())
     _alone(p, call, given, tape)
-    return next(((a.product.q, a.product.k) for a in tape.found if a.product and a.user is not None), (None, None))
+    used = (a for a in tape.found if a.product and a.user is not None)
+    return next(((a.product.q, a.product.k.mT, a.values) for a in used), (None, None, None))
 
 # %% ../nbs/07_diagnose.ipynb #0a88166f
 def _torn(p, call):
     "(a number, what it is) if heads are torn apart in this attention module, else None"
-    x, (q, k) = next((t for t in call.ins if t.ndim == 3), None), _products(p, call)
+    x, (q, k, v) = next((t for t in call.ins if t.ndim == 3), None), _products(p, call)
     if x is None or q is None: return None
-    axis = 0 if x.shape[0] == k.shape[-1] != x.shape[1] else 1      # of the tokens in x
+    axis = 0 if x.shape[0] == k.shape[1] != x.shape[1] else 1      # of the tokens in x
     b, n = x.shape[1 - axis], x.shape[axis]
     token = torch.zeros(x.shape, dtype=torch.bool).index_fill(axis, torch.tensor(min(1, n - 1)), True)
     moved = map_tensors(lambda t: other(t, token) if t.shape == x.shape else t, call.given)
-    reached = _along(differs(_products(p, call, moved)[1], k), 0).float()   # (l), over images and heads
-    if k.shape[-1] == n and 0 < reached.mean() < 1: return reached.mean().item(), 'of the heads see a token; expected 1'
-    if k.shape[-1] != n and len(k) == b*n and reached.sum() == b:
-        return k.shape[-1], 'things are attended to, which are the heads of one token'
+    reached = [_along(differs(new, old), 0).float() for old, new in zip((q, k, v), _products(p, call, moved))]   # (l)
+    for t, seen in zip((q, k, v), reached):     # over images and heads
+        if t.shape[1] == n and 0 < seen.mean() < 1: return seen.mean().item(), 'of the heads see a token; expected 1'
+    if k.shape[1] != n and len(k) == b*n and reached[1].sum() == b:
+        return k.shape[1], 'things are attended to, which are the heads of one token'
     plain = _alone(p, call)[0]
     for i in sorted({1 % n, n//2}) if q.shape[1] == n and plain.shape == x.shape else ():
         back = _along(differs(_alone(p, call, tape=Tape(p.state.values(), i))[0], plain), axis)
-        if back.any() and not back[i]: return 0., "of the attention's result for a token comes back to it; expected 1"
+        if back.sum() > 1 and not back[i]:
+            return 0., "of the attention's result for a token comes back to it; expected 1"
 
 # %% ../nbs/07_diagnose.ipynb #1b980868
 def _normalised(product):
@@ -734,13 +789,17 @@ def check_attention(p: Probe) -> list[Finding]:
     used = [a for a in tape.found if a.user is not None]
     for a in used:
         width = a.product.q.shape[-1] if a.product else 1
-        if abs(a.total - 1) > .01:
+        if abs(a.total - 1) > .01 and (a.sink or a.mixed):
+            add('note', a.user, a.total, 'is what the weights of a query sum to',
+                'Fine if a key is a sink, left out after the softmax, or for a difference of two softmaxes.')
+        elif abs(a.total - 1) > .01:
             add('error', a.name if a.across else a.user, a.total, 'is what the weights of a query sum to; expected 1',
                 'The softmax runs over another axis than the keys.' if a.across else
                 'Something scales the weights after the softmax; scale or mask the scores before it.')
         if a.product and not _normalised(a.product) and abs(a.product.factor * width**.5 - 1) > .01:
             add('warning', a.product.name, a.product.factor, f'is the factor on q k; expected {width**-.5:.4g}',
                 'Divide q k by the root of the width of one head, once.')
+        if a.keys == 1: continue
         if a.peak > .9: add('warning', a.name, a.peak, 'is the mean of the largest weight of a query: saturated',
                             'In a fresh model: is the scale missing, or the norm before the attention?')
         if a.spread < 1e-4:
@@ -785,23 +844,40 @@ def gap(
 def _disagree(slope, fd, unsure): return not abs(slope - fd) <= 10*unsure + 1e-5*(abs(slope) + abs(fd))
 
 # %% ../nbs/07_diagnose.ipynb #90423891
-def _module_gap(p, module, given, pick, fixed=False):
+class _Widened(TorchFunctionMode):
+    "Where float32 that a model makes by itself meets float64, it becomes float64; what is written into keeps its kind"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kinds, kwargs = {t.dtype for t in tensors((args, kwargs))}, kwargs or {}
+        if {torch.float32, torch.float64} <= kinds:
+            written = func.__name__ == '__setitem__' or func.__name__.endswith('_') and func.__name__[-2] != '_'
+            kind = args[0].dtype if written else torch.float64
+            args, kwargs = map_tensors(lambda t: t.to(kind) if t.is_floating_point() else t, (args, kwargs))
+        return func(*args, **kwargs)
+
+def _module_gap(p, module, given, pick, fixed=False, meanwhile=nullcontext):
     "`gap` of one module in float64, along its trained parameters and its inputs (these only if autograd reaches them)"
     double = lambda t: t.double() if t.is_floating_point() else t
     state = {n: double(t) for n, t in _own_state(p, module).items()}
+    original = given
     with undisturbed(p.model): given = map_tensors(lambda t: jitter(double(t)), given)
     inputs = {i: t for i, t in enumerate(tensors(given)) if t.is_floating_point()}
     def f(at):
         count = iter(range(len(tensors(given))))
         args, kwargs = map_tensors(lambda t: at.get(next(count), t).clone(), given)
         mine = {n: at.get(n, t) for n, t in state.items()}
-        with undisturbed(p.model): return pick(functional_call(module, mine, args, kwargs))
+        with undisturbed(p.model), meanwhile(): return pick(functional_call(module, mine, args, kwargs))
     params = {n: state[n] for n, q in module.named_parameters() if q.requires_grad and q.is_floating_point()}
-    return gap(f, params | inputs, inputs if fixed else ())
+    try: return gap(f, params | inputs, inputs if fixed else ())
+    except RuntimeError:
+        if meanwhile is _Widened: raise
+        return _module_gap(p, module, original, pick, fixed, _Widened)
 
 def check_gradient(p: Probe) -> list[Finding]:
     "Autograd against central differences: finds detach, damage in place, a wrong backward"
-    slopes = _module_gap(p, p.model, p.only(slice(0, 2)), lambda out: [p.output(out)], fixed=True)
+    try: slopes = _module_gap(p, p.model, p.only(slice(0, 2)), lambda out: [p.output(out)], fixed=True)
+    except RuntimeError as e:
+        return [Finding('gradient', 'note', '', math.nan, f'not checked, as the model does not run in float64: {e}',
+                        'Fine if an operation of it knows float32 only.')]
     if not _disagree(*slopes): return []
     name = ''
     def floats(out): return [t for t in tensors(out) if t.is_floating_point()]
@@ -971,16 +1047,6 @@ def check_positions(p: Probe) -> list[Finding]:
     return []
 
 # %% ../nbs/07_diagnose.ipynb #f71e3cea
-class Calm(TorchDispatchMode):
-    "Dropout, of any make that draws from Bernoulli, is replaced by what it does on average: nothing"
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if op == 'native_dropout': return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if op in ('bernoulli', 'bernoulli_'):
-            rate = args[1] if len(args) > 1 else kwargs.get('p', args[0] if op == 'bernoulli' else .5)
-            return (args[0] if op == 'bernoulli_' else torch.empty_like(args[0])).copy_(torch.as_tensor(rate))
-        return func(*args, **kwargs)
-
 def check_modes(p: Probe) -> list[Finding]:
     "A difference between training and eval mode that dropout and batch norm do not explain"
     mode = dict(train=True, still=_BatchNorm)
@@ -1010,6 +1076,7 @@ def check_loss(p: Probe) -> list[Finding]:
     "A loss at the start that is far from that of equal probabilities, and probabilities where the loss takes logits"
     if p.y is None or p.loss_func is None or p.y.is_floating_point(): return []
     out, loss = _training_loss(p, p.true)
+    if out.ndim < 2: return []     # no classes in it
     axis = -1 if p.y.shape == out.shape[:-1] else 1     # of the classes
     loss = loss.item()
     takes_logits = abs(p.loss_func(out + 1, p.y).item() - loss) < 1e-3*abs(loss)
