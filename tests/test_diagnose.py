@@ -617,3 +617,45 @@ def test_one_of_three_torn_apart_is_found(which):
     attn = type('Torn', (Torn,), {'which': which})
     found = worse_than_notes(diagnose(bugs.ViT(attn=attn), **bugs.images(), show=False))
     assert ('attention', 'blocks.0.attn', 'of the heads see a token; expected 1') in found
+
+# ---- tokens of two kinds, positions as an input, norms that follow the weights ----
+
+class Sentences(nn.Module):
+    "Tokens and their places (b n), or without `places` tokens alone -> classes"
+    def __init__(self, places=True):
+        super().__init__()
+        self.embed, self.pos, self.places = nn.Embedding(11, bugs.DIM), nn.Embedding(20, bugs.DIM), places
+        self.block, self.head = bugs.Block(), nn.Linear(bugs.DIM, bugs.CLASSES)
+    def forward(self, input_ids, position_ids):
+        x = self.embed(input_ids)
+        if self.places: x = x + self.pos(position_ids)
+        return self.head(self.block(x).mean(1))
+
+@pytest.mark.parametrize('first', [0, 2])
+def test_positions_that_are_an_input_stay_where_they_are(first):
+    ids, places = bugs.token_ids()['x'], torch.arange(first, first + 9).expand(4, 9)
+    for x in dict(input_ids=ids, position_ids=places), dict(position_ids=places, input_ids=ids):
+        assert worse_than_notes(diagnose(Sentences(), x, skip=['parameters'], show=False)) == []
+        found = worse_than_notes(diagnose(Sentences(places=False), x, show=False))
+        assert ('positions', '') in [f[:2] for f in found]
+
+def test_tokens_of_two_kinds_are_content():
+    x = torch.randint(2, (8, 9))
+    assert worse_than_notes(diagnose(bugs.Decoder(), x, causal=True, show=False)) == []
+    for attn, check in (bugs.MaskDropped, 'mask'), (lambda: bugs.TorchAttention(), 'batch'):
+        given = dict(causal=True) if check == 'mask' else {}
+        found = [f[:2] for f in worse_than_notes(diagnose(bugs.Decoder(attn=attn), x, **given, show=False))]
+        assert (check, 'blocks.0.attn') in found
+
+@pytest.mark.parametrize('norm', [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_norm_that_follows_the_weights_explains_a_difference_of_modes(norm):
+    class Normed(bugs.MLP):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = norm(self.fc1), norm(self.fc2)
+    class Wrong(Normed):
+        def forward(self, x): return super().forward(x) * (1.1 if self.training else 1)
+    right, wrong = bugs.ViT(mlp=Normed).train(), bugs.ViT(mlp=Wrong).train()
+    for _ in range(100): right(bugs.images()['x'])      # to where u and v stay
+    assert worse_than_notes(diagnose(right, **bugs.images(), show=False)) == []
+    assert ('modes', 'blocks.0.mlp') in [f[:2] for f in worse_than_notes(diagnose(wrong, **bugs.images(), show=False))]

@@ -406,7 +406,7 @@ class _Changes(_Runner):
 
     def replaced(self, pick):
         "The input with other content where `pick` is true: (b), (b n), or of the shape of the input"
-        fits = lambda t: is_content(t) and t.shape[:pick.ndim] == pick.shape
+        fits = lambda t: any(t is c for c in self.content) and t.shape[:pick.ndim] == pick.shape
         return map_tensors(lambda t: other(t, pick) if fits(t) else t, self.x)
 
 # %% ../nbs/07_diagnose.ipynb #c3d77038
@@ -426,7 +426,9 @@ class Probe(_Changes):
         take = lambda t: t.detach().as_subclass(Tensor)[rows] if t.ndim and len(t) == size else t.detach()
         self.model, self.size, self.output = model, len(rows), output or first_output
         self.x, self.y = map_tensors(take, _as_arguments(x)), None if y is None else take(y)
-        self.content = [t for t in tensors(self.x) if is_content(t) and len(t) == self.size]
+        batched = [t for t in tensors(self.x) if t.ndim and t.numel() and len(t) == self.size]
+        whole = [t for t in batched if t.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)]
+        self.content = [t for t in batched if is_content(t)] or whole[:1]    # tokens of two kinds look like a mask
         self.mask = _allowed(self.content, causal, mask, size, take)
         self.loss_func = loss_func or (_cross_entropy if y is not None and not y.is_floating_point() else None)
         self.true = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -1028,15 +1030,21 @@ def _rearranged(x):
     rolls = [(x.shape[i]//q, i) for i in (2, 3) for q in primes(x.shape[i])]
     return [lambda t, roll=roll: t.roll(*roll) if t.shape == x.shape else t for roll in rolls]
 
+def _counts(t):
+    "Are these the places of tokens: whole numbers in a row, each once, in the same order for all examples?"
+    if t.is_floating_point() or t.ndim != 2: return False
+    return bool((t == t[0]).all()) and t[0].sort().values.diff().eq(1).all().item()
+
 def check_positions(p: Probe) -> list[Finding]:
     "Positions without effect: patches or tokens change places and nothing else happens"
-    if p.mask is not None or not p.content or p.content[0].ndim < 2: return []
+    content = [t for t in p.content if not _counts(t)]
+    if p.mask is not None or not content or content[0].ndim < 2: return []
     if torch.finfo(p.out.dtype).eps > 1e-6: return []     # half precision: rounding hides too much
-    x = p.content[0]
+    x = content[0]
     usual = (p.elsewhere - p.out).abs().max().item()    # what other content does
     for move in _rearranged(x):
         if not usual or not differs(move(x), x).any(): continue
-        out = p.run(map_tensors(lambda t: move(t) if is_content(t) else t, p.x))
+        out = p.run(map_tensors(lambda t: move(t) if any(t is c for c in content) else t, p.x))
         change = min((out - then).abs().max().item()/usual for then in (p.out, move(p.out)) if then.shape == out.shape)
         if change > 100*torch.finfo(out.dtype).eps: continue
         sure = x.ndim == 4 or not x.is_floating_point()
@@ -1047,10 +1055,19 @@ def check_positions(p: Probe) -> list[Finding]:
     return []
 
 # %% ../nbs/07_diagnose.ipynb #f71e3cea
+def _adapting(p):
+    "Classes of innermost modules whose buffers a run in training mode changes, as those of a spectral norm"
+    state = p.state | {n: b.clone() for n, b in p.model.named_buffers()}
+    p.run(state=state, train=True)
+    moved = {n.rpartition('.')[0] for n, b in p.model.named_buffers() if differs(state[n], b).any()}
+    return tuple({type(m) for n, m in p.model.named_modules() if n in moved and next(m.children(), None) is None})
+
 def check_modes(p: Probe) -> list[Finding]:
     "A difference between training and eval mode that dropout and batch norm do not explain"
     mode = dict(train=True, still=_BatchNorm)
     with Calm():
+        if not p.difference(differ=far, **mode): return []
+        mode['still'] = (_BatchNorm, *_adapting(p))     # it follows the weights, which the jitter has moved
         if not (found := p.difference(differ=far, **mode)): return []
         a, b = (p.run(seed=seed, **mode) for seed in (0, 1))
     random = a.shape == b.shape and far(a, b).any()   # of another kind: no telling what it does on average
