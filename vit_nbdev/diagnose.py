@@ -1006,7 +1006,7 @@ def check_parameters(p: Probe) -> list[Finding]:
     if lost := [p.lost[i] for i in p.lost if i in now]:     # a run replaces what is only kept from the last one
         name, key, first = lost[0]
         if first is vars(p.model.get_submodule(name)).get(key):
-            detail, advice = f'tensors to train that are no parameters, `{key}`', (
+            detail, advice = f'tensor{"s"*(len(lost) > 1)} to train, not among the parameters, `{key}`', (
                 'Register the nn.Parameter itself (a product of one is none), or no optimizer will see it.')
         else:
             detail, advice = f'modules or parameters in a plain container, `{key}`', (
