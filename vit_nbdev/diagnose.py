@@ -870,15 +870,16 @@ def _module_gap(p, module, given, pick, fixed=False, meanwhile=nullcontext):
         with undisturbed(p.model), meanwhile(): return pick(functional_call(module, mine, args, kwargs))
     params = {n: state[n] for n, q in module.named_parameters() if q.requires_grad and q.is_floating_point()}
     try: return gap(f, params | inputs, inputs if fixed else ())
-    except RuntimeError:
-        if meanwhile is _Widened: raise
+    except RuntimeError as e:
+        if meanwhile is _Widened or 'nference tensor' in str(e): raise
         return _module_gap(p, module, original, pick, fixed, _Widened)
 
+# %% ../nbs/07_diagnose.ipynb #d7b0f3e5
 def check_gradient(p: Probe) -> list[Finding]:
     "Autograd against central differences: finds detach, damage in place, a wrong backward"
     try: slopes = _module_gap(p, p.model, p.only(slice(0, 2)), lambda out: [p.output(out)], fixed=True)
     except RuntimeError as e:
-        if 'nference tensor' in str(e): raise     # that is another matter
+        if 'nference tensor' in str(e): raise     # not for float64's sake
         return [Finding('gradient', 'note', '', math.nan, f'not checked, as the model does not run in float64: {e}',
                         'Fine if an operation of it knows float32 only.')]
     if not _disagree(*slopes): return []
