@@ -907,13 +907,12 @@ def describe(
     splits = {name: dict(images=len(ds), folder=source.get('folders', {}).get(name),
                          also_in_train=0 if name == 'train' else ds.also_in(train))
               for name, ds in splits.items()}
-    streamed = not isinstance(train.x, Tensor)
-    x = train.x.sample() if streamed else train.x
+    x = train.x if isinstance(train.x, Tensor) else train.x.sample()
     levels = level_counts(x).sum(0).cumsum(0)
     dark, bright = (int((levels < levels[-1]*q).sum()) for q in (0.001, 0.999))
     flat = sum(int((part.amin(2) == part.amax(2)).all(1).sum()) for part in x.flatten(2).split(256))
     classes = [dict(name=str(c), **{s: n[i] for s, n in counts.items()}) for i, c in enumerate(vocab)]
-    contrast = dict(dark=dark, bright=bright, one_colour=flat) | (dict(sample=len(x)) if streamed else {})
+    contrast = dict(dark=dark, bright=bright, one_colour=flat) | (dict(sample=len(x)) if len(x) < len(train) else {})
     return dict(splits=splits, classes=classes, contrast=contrast,
                 **{k: v for k, v in source.items() if k != 'folders'})
 
