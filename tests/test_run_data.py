@@ -241,6 +241,14 @@ def test_no_is_no_and_none_is_the_recipes(tmp_path, monkeypatch):
         s = settings_of(runs.train, monkeypatch, data='digits', **{option: False})
         assert s == settings_of(runs.train, monkeypatch, data='digits') | {option: s[option]} and not s[option]
 
+def test_a_folder_that_is_called_like_an_unfinished_run(tmp_path, monkeypatch):
+    "Its run has another name, or it could not be resumed"
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path/'p.part')
+    def stop(settings, device, part, *_): raise Seen(part)
+    monkeypatch.setattr(runs, '_prepare', stop)
+    with pytest.raises(Seen, match='^runs/p.part$'): runs.train('p.part', recipe='folder', device='cpu')
+
 def test_what_is_said_of_memory_is_for_whoever_reads_it(tmp_path, monkeypatch, capsys):
     "stream=False is no option of the command line; in a notebook it is one, and does what it says"
     paint(tmp_path/'p')

@@ -903,7 +903,7 @@ def train(
         s = _settings(**given)
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
         if _is_table(s['path']): name = Path(name).stem
-        out = _free_name(Path('runs'), name) if out is None else _run_path(out)
+        out = _free_name(Path('runs'), name.removesuffix('.part')) if out is None else _run_path(out)
     _check_precision(s['precision'], device)
     _check_logger(s['log'])
     device = _join_processes(device)
