@@ -232,6 +232,8 @@ def _vectors(file):
         with whole_file(file) as tmp, open(tmp, 'wb') as out:
             np.savez(out, features=rows, files=np.array(names, dtype=str))
 
+def _print_json(result): print(json.dumps({k: v for k, v in result.items() if k != 'features'}), flush=True)
+
 # %% ../nbs/10_cli.ipynb #cli00012
 @command()
 def vit_predict(
@@ -250,8 +252,7 @@ def vit_predict(
 ):
     "Say what a model sees in each image, as soon as it has seen it"
     with plain_errors('vit_predict'):
-        from vit_nbdev.interpret import _names_classes
-        from vit_nbdev.runs import check_positive, get_device, predictions
+        from vit_nbdev.runs import _names_classes, check_positive, get_device, predictions
         check_positive(top=top, bs=bs)
         files = {_table: csv and _free(csv, force, '.csv'), _vectors: features and _free(features, force, '.npz')}
         model = _source(run, pretrained)
@@ -271,8 +272,6 @@ def vit_predict(
         if csv or features: print(f"{n - bad:,} images: {', '.join(filter(None, (csv, features)))}", file=sys.stderr)
         if bad and n > 1: print(f"vit_predict: {bad:,} of {n:,} files could not be read", file=sys.stderr)
         if bad: sys.exit(1)
-
-def _print_json(result): print(json.dumps({k: v for k, v in result.items() if k != 'features'}), flush=True)
 
 # %% ../nbs/10_cli.ipynb #explain1
 @command()
