@@ -476,6 +476,9 @@ def test_embedding_map_of_a_model_without_a_head():
         ax = embedding_map(model, x, y, prep).axes[0]
         assert {t.get_text() for t in ax.texts} == set(names) and ax.get_legend() is None
         assert sum(len(c.get_offsets()) for c in ax.collections) == 12
+    clip = make(n_classes=3)
+    clip.head.bias.data.zero_()                  # and no names: it leads to no classes
+    assert embedding_map(clip, x, y, prep_of(x, ())).axes[0].get_legend() is None
 
 # --- bad input: one sentence each ---
 

@@ -431,14 +431,16 @@ def embedding_map(
     from sklearn.manifold import TSNE
     if len(x) < 3 or len(x) != len(y):
         raise ValueError(f"there are {len(x)} images and {len(y)} classes, expected as many, and three or more")
+    prep, labels = _preprocessing(preprocessing), _labels(model, preprocessing)
+    names = prep and prep.labels or labels or map(str, range(int(y.max()) + 1))      # without a head, those of the data
     with _evaluating(model), torch.no_grad():
         pooled = torch.cat([model.pool(model.forward_features(part)) for part in _images(x).split(bs)])
-        wrong = (model.head(pooled).argmax(dim=1) != y).cpu() if model.config.n_classes else None
+        wrong = (model.head(pooled).argmax(dim=1) != y).cpu() if labels else None
     tsne = TSNE(perplexity=min(30, (len(x) - 1)/3), random_state=seed)
     xy = tsne.fit_transform(pooled.float().cpu().numpy())
     fig, ((ax,),) = new_figure(figsize=(5.2, 4.2))
     outline = [withStroke(linewidth=3, foreground='white')]
-    for i, label in enumerate(_labels(model, preprocessing) or map(str, range(int(y.max()) + 1))):
+    for i, label in enumerate(names):
         part = xy[(y == i).cpu()]
         if not len(part): continue
         ax.scatter(*part.T, s=6, color=f'C{i % 10}', linewidths=0)
