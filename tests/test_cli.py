@@ -34,7 +34,7 @@ def installed(name, *args, cwd):
 def trained(tmp_path_factory):
     "A folder in which `vit_train` ran as a program, and what it printed"
     cwd = tmp_path_factory.mktemp('work')
-    code, out, err = shell('vit_train', *flags(epochs=8, bs=64, lr=3e-3, device='cpu'), cwd=cwd)
+    code, out, err = shell('vit_train', '--epochs', 8, '--device', 'cpu', cwd=cwd)
     assert code == 0, err
     return cwd, out
 
@@ -90,10 +90,10 @@ def test_recipes_say_what_was_measured():
     accuracy, seconds = f'{quick.accuracy.mean():.2f} ± {quick.accuracy.std():.2f} %', quick.seconds.median()
     assert recipe.measured == f'{accuracy} (5 seeds), {seconds:.0f} s of one CPU thread' + beside('mnist-quick')
     digits = study('baselines').query('name == "digits, ViT of vit_train"')
-    trained = '{bs: 128, changes: {stem: conv}, data: digits, epochs: 100, lr: 0.006, model: digits}'
+    trained = '{bs: 64, changes: {stem: conv}, data: digits, epochs: 100, model: digits}'
     assert sorted(digits.seed) == list(range(10)) and all(trained in s for s in digits.setting)
     recipe = RECIPES['digits']
-    assert recipe == Recipe('digits', 'digits', 100, 128, lr=6e-3, changes=dict(stem='conv'), measured=recipe.measured)
+    assert recipe == Recipe('digits', 'digits', 100, 64, changes=dict(stem='conv'), measured=recipe.measured)
     accuracy = f'{digits.accuracy.mean():.2f} ± {digits.accuracy.std():.2f} %'
     seconds = f'{digits.seconds.median():.0f} s of one CPU thread'
     assert RECIPES['digits'].measured == f'{accuracy} (10 splits), {seconds}' + beside('digits')

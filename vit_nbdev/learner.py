@@ -557,9 +557,9 @@ _STILL = dict(flip=True, max_rotate=0., max_zoom=0., max_shift=0.)       # mirro
 _WHOLE = dict(max_rotate=0., max_zoom=0., max_shift=0.)                   # as it was read
 _SHIFTED = _STILL | dict(max_shift=0.05, pad_mode='reflection')
 RECIPES = {
-    'digits':        Recipe('digits',        'digits', epochs=100, bs=128, lr=6e-3, changes=dict(stem='conv'),
-                            measured='99.14 ± 0.56 % (10 splits), 92 s of one CPU thread; '
-                                     'beside it a support vector machine 98.81 ± 0.37 %, a small CNN 99.53 ± 0.23 %'),
+    'digits':        Recipe('digits',        'digits', epochs=100, bs=64, changes=dict(stem='conv'),
+                            measured='99.17 ± 0.47 % (10 splits), 89 s of one CPU thread; '
+                                     'beside it a support vector machine 98.81 ± 0.37 %, a small CNN 99.53 ± 0.32 %'),
     'mnist-quick':   Recipe('mnist',         'mnist',  epochs=4,   bs=128, changes=_CONV,
                             measured='98.94 ± 0.12 % (5 seeds), 141 s of one CPU thread; '
                                      'beside it a support vector machine 97.85 %, a small CNN 98.49 ± 0.16 % (17 % of '
