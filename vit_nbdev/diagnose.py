@@ -1065,7 +1065,7 @@ def _adapting(p):
     return tuple({type(m) for n, m in p.model.named_modules() if n in moved and next(m.children(), None) is None})
 
 def check_modes(p: Probe) -> list[Finding]:
-    "A difference between training and eval mode that dropout and batch norm do not explain"
+    "A difference between training and eval mode that neither dropout explains nor a norm that keeps statistics"
     mode = dict(train=True, still=_BatchNorm)
     with Calm():
         if not p.difference(differ=far, **mode): return []
