@@ -112,7 +112,7 @@ class ViTConfig:
     pool: str = 'cls'                 # what the head reads: 'cls', 'mean' of the patches, 'map' (attention to them),
                                       # 'cls+mean' side by side, 'prefix': all tokens in front side by side
     cls_token: bool|None = None       # is there a class token? None: only if `pool` is 'cls'
-    n_registers: int = 0              # further learned tokens that nobody reads (Darcet 2023)
+    n_registers: int = 0              # further learned tokens, not read by the head (Darcet 2023)
     positions: str = 'learned'        # 'learned'; 'sincos2d', fixed waves; 'none'
     prefix_positions: bool = True     # have class token and registers learned positions, too?
     pos_std: float = 0.02             # standard deviation of learned positions and of the tokens in front at the start
