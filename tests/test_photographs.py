@@ -474,6 +474,12 @@ def test_what_is_no_cache(folder, tmp_path):
     loaders(folder, cache=cache, preprocessing=replace(PREP, mean=(0.1,)*3))        # no other pixels
     with pytest.raises(ValueError, match='cache is of other settings .img_size.: give another folder, or delete it'):
         loaders(folder, cache=cache, preprocessing=LARGE)
+    border, bordered = replace(PREP, resize='border'), tmp_path/'bordered'
+    loaders(folder, cache=bordered, preprocessing=border)
+    with pytest.raises(ValueError, match='bordered is of other settings .mean.'):       # it is the grey of the border
+        loaders(folder, cache=bordered, preprocessing=replace(border, mean=(0.1,)*3))
+    loaders(folder, cache=tmp_path/'grey', preprocessing=replace(border, fill=128))
+    loaders(folder, cache=tmp_path/'grey', preprocessing=replace(border, fill=128, mean=(0.1,)*3))
     (cache/'cache.json').write_text('{')
     with pytest.raises(ValueError, match='cache is of other settings'): loaders(folder, cache=cache)
     with pytest.raises(ValueError, match='holds other things than a cache: give an empty folder'):

@@ -213,7 +213,7 @@ class PictureCache:
     ):
         self.folder, self.prep = Path(folder).absolute(), preprocessing
         self.full = torch.zeros(1, dtype=torch.bool).share_memory_()      # which worker processes tell each other
-        _claim(self.folder, {k: v for k, v in preprocessing.to_dict().items() if k not in _NOT_PIXELS})
+        _claim(self.folder, _of_pixels(preprocessing))
 
     def read(self, file: Path, crop: RandomCrop|None, seed: int) -> Tensor:  # -> `(c h w)`
         "As `Preprocessing` and `cropped` read it"
@@ -262,6 +262,11 @@ def _write(self: PictureCache, path, x):
 
 # %% ../nbs/03a_photographs.ipynb #9389e8ca
 _NOT_PIXELS = ('mean', 'std', 'scale', 'labels', 'several')     # what a cache need not know
+
+def _of_pixels(prep):
+    "The fields of a `Preprocessing` that decide about pixels; the mean is one where it is the grey of a border"
+    grey = ('mean', 'scale') if prep.resize == 'border' and prep.fill is None else ()
+    return {k: v for k, v in prep.to_dict().items() if k in grey or k not in _NOT_PIXELS}
 
 def _claim(folder, settings):
     "Make `folder` a cache with these settings, or refuse"
