@@ -439,6 +439,16 @@ def test_what_a_cache_keeps_of_a_large_picture(tmp_path):
     a, b, c = (files.take([0]*20, RandomCrop(), seed) for seed in (5, 5, 6))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
+def test_a_cache_keeps_as_much_of_a_picture_on_its_side(tmp_path):
+    "A camera's note turns height and width around, also where JPEG is decoded at a reduced scale"
+    im, exif = Image.new('RGB', (1200, 400)), Image.Exif()
+    exif[0x0112] = 6
+    im.save(tmp_path/'turned.jpg', exif=exif)
+    im.transpose(Image.Transpose.ROTATE_270).save(tmp_path/'upright.jpg')
+    wide = PictureCache(tmp_path/'cache', replace(PREP, img_size=(40, 160)))
+    turned, upright = (wide._reduced(tmp_path/f'{name}.jpg').shape for name in ('turned', 'upright'))
+    assert turned == upright == (720, 240, 3)
+
 def test_a_cache_follows_the_files(folder, tmp_path):
     "A damaged entry is made again, a changed picture is read anew"
     files = sorted((folder/'a').iterdir())

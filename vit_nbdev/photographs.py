@@ -238,7 +238,9 @@ class PictureCache:
 def _reduced(self: PictureCache, file):
     "The whole of a training picture, no larger than needed: `(h w c)` or `(h w)`"
     h, w = (self.MARGIN*side for side in self.prep.img_size)
-    def draft(im): im.draft(im.mode, (int(w), int(h))) if im.format == 'JPEG' and im.mode in ('RGB', 'L') else None
+    def draft(im):      # a camera may have noted that it lies on its side
+        size = (h, w) if im.getexif().get(0x0112, 1) >= 5 else (w, h)
+        if im.format == 'JPEG' and im.mode in ('RGB', 'L'): im.draft(im.mode, tuple(map(int, size)))
     im = self.prep.in_channels(open_image(file, opened=draft))
     ratio = min(im.width/w, im.height/h)
     if ratio > 1: im = im.resize((round(im.width/ratio), round(im.height/ratio)), Image.Resampling.BILINEAR)
