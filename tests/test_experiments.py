@@ -1,8 +1,9 @@
-"""Comparisons of trainings, where some have no result."""
+"""Comparisons of trainings, where some have no result; and the ledger of them."""
 import numpy as np
 import pandas as pd
+import pytest
 
-from vit_nbdev.experiments import answers, compare
+from vit_nbdev.experiments import answers, compare, read_trials, trials
 
 def test_a_pair_is_two_results():
     "A training without one makes none, and nothing is said of fewer than two pairs"
@@ -15,3 +16,40 @@ def test_a_pair_is_two_results():
     assert found.loc['one', columns].tolist() == table.loc['c', columns].tolist() == ['']*4
     assert found.loc['two', columns].tolist() == table.loc['a', columns].tolist()
     assert answers(runs, {'one': ('c', 'b')}).pairs.tolist() == [1]
+
+# --- the ledger ---
+
+def double(seed, x): return dict(loss=2*x + seed)
+
+def test_a_last_line_without_an_end_is_whole(tmp_path):
+    "An editor may leave it so; the next one does not join it"
+    file = tmp_path/'trials.jsonl'
+    trials(double, dict(a=dict(x=1)), file, seeds=range(2))
+    file.write_text(file.read_text().rstrip())
+    assert trials(double, dict(a=dict(x=1)), file, seeds=range(3)).loss.tolist() == [2, 3, 4]
+
+def test_a_ledger_that_cant_be_written_is_said_before_training(tmp_path):
+    with pytest.raises(FileNotFoundError): trials(None, dict(a=dict(x=1)), tmp_path/'no'/'trials.jsonl')
+
+def test_what_train_gives_does_not_take_the_place_of_the_name(tmp_path):
+    "Or its line would be that of another setting, and the training done again for ever"
+    file = tmp_path/'trials.jsonl'
+    with pytest.raises(ValueError, match="train gives 'name', a column that the ledger has itself"):
+        trials(lambda seed, x: dict(name='S/16', loss=x), dict(a=dict(x=1)), file)
+    runs = trials(lambda seed, x: dict(seed=seed, loss=x), dict(a=dict(x=1)), file, seeds=range(2))
+    assert runs.seed.tolist() == [0, 1]
+
+def test_two_processes_share_a_ledger(tmp_path):
+    "What the other one has done meanwhile is not trained again; what both have done counts once"
+    file, begun = tmp_path/'trials.jsonl', []
+    def train(seed, x):
+        begun.append(seed)
+        if len(begun) == 1: trials(double, dict(a=dict(x=1)), file, seeds=range(2))      # the other process
+        return double(seed, x)
+    runs = trials(train, dict(a=dict(x=1)), file, seeds=range(3))
+    assert begun == [0, 2] and runs.seed.tolist() == [0, 1, 2]
+    file.write_text(file.read_text()*2)               # each was done by both
+    assert compare(read_trials(file), to='a', value='loss').n.tolist() == [3]
+    trials(double, dict(a=dict(x=2)), tmp_path/'other.jsonl', seeds=range(1))
+    file.write_text(file.read_text() + (tmp_path/'other.jsonl').read_text())
+    with pytest.raises(ValueError, match="has 'a' with other settings"): trials(double, dict(a=dict(x=1)), file)

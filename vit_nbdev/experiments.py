@@ -111,7 +111,19 @@ def read_trials(
         if not isinstance(row, dict) or not {'name', 'seed'} <= set(row):
             raise ValueError(f"{file}, line {i}, is broken: delete it, and its training is done again")
         found.append(row)
-    return pd.DataFrame(found, columns=None if found else ['name', 'seed'])
+    runs = pd.DataFrame(found, columns=None if found else ['name', 'seed'])
+    same = [column for column in ('name', 'seed', 'setting') if column in runs]
+    return runs.drop_duplicates(same, ignore_index=True)         # two processes may have done it at the same time
+
+def _done(file):
+    "Names and seeds of the lines that are whole; another process may be at the last one"
+    rows = map(json.loads, Path(file).read_text(encoding='utf-8').split('\n')[:-1])
+    return {(row['name'], row['seed']) for row in rows}
+
+def _end_line(file):
+    "Complain now, rather than after a training, if `file` can't be written; an editor may have left its last line open"
+    with open(file, 'a', encoding='utf-8') as f:
+        if not ('\n' + Path(file).read_text(encoding='utf-8')).endswith('\n'): f.write('\n')
 
 # %% ../nbs/04a_experiments.ipynb #describe
 def _describe(x):
@@ -152,11 +164,16 @@ def trials(
             raise ValueError(f"{file} has {name!r} with other settings: give the new ones another name\n"
                              f"then: {then}\nnow:  {now[name]}")
     def one(name, seed):
-        result = dict(name=name, seed=seed, setting=now[name]) | train(seed=seed, **settings[name])
+        if (name, seed) in _done(file): return       # by another process, meanwhile
+        own = dict(name=name, seed=seed, setting=now[name])
+        result = own | train(seed=seed, **settings[name])
+        if taken := [column for column in own if result[column] != own[column]]:
+            raise ValueError(f"train gives {taken[0]!r}, a column that the ledger has itself: call it otherwise")
         line = json.dumps(result, default=lambda x: x.tolist())
         with open(file, 'a', encoding='utf-8') as f: f.write(line + '\n')
     done = set(zip(known.name, known.seed))
     left = [(name, seed) for seed in seeds for name in settings if (name, seed) not in done]
+    if left: _end_line(file)
     Parallel(n_jobs=jobs)(delayed(one)(name, seed) for name, seed in left)
     return read_trials(file)
 
