@@ -347,6 +347,16 @@ def test_trackers_remember_what_they_saw(epoch, some_digits, tmp_path):
         a, b = (weights(quick(some_digits(), path=tmp_path).load(f'{name}-{what}')) for name in ('whole', 'cut'))
         assert torch.equal(a, b)
 
+def test_a_fit_after_a_damaged_checkpoint_trains(some_digits, tmp_path):
+    "The epoch at which it would have gone on is forgotten with it"
+    quick(some_digits(), Checkpoint(tmp_path/'c.pt')).fit(1)
+    state = torch.load(tmp_path/'c.pt')
+    torch.save(state | dict(opt=[]), tmp_path/'c.pt')
+    learn = quick(some_digits())
+    with pytest.raises(ValueError, match='damaged'): learn.fit(1, cbs=Checkpoint(tmp_path/'c.pt'))
+    learn.fit(1)
+    assert len(learn.recorder.values) == 1
+
 # --- which epoch is the best ---
 
 def perplexity(pred, y): return pred.mean()

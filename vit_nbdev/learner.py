@@ -720,8 +720,8 @@ class Checkpoint(Callback):
         "Begin where the file ended: after this fit, in it, or before it"
         _check_fits(self, state)
         if len(state['fits']) < len(self.fits): return          # the file is that of an earlier fit
-        self.learn.first_epoch = self.n_epoch
         if len(state['fits']) == len(self.fits): _restore(self, state)
+        else: self.learn.first_epoch = self.n_epoch
         if self.learn.first_epoch == self.n_epoch:
             print(f"{self.file} has this fit of {self.n_epoch} epochs to its end: none is left to train; "
                   "without the file it would begin anew")
