@@ -347,6 +347,18 @@ def test_trackers_remember_what_they_saw(epoch, some_digits, tmp_path):
         a, b = (weights(quick(some_digits(), path=tmp_path).load(f'{name}-{what}')) for name in ('whole', 'cut'))
         assert torch.equal(a, b)
 
+def test_a_batch_norm_that_is_always_trained_survives(some_digits, tmp_path):
+    "fastai marks its parameters, and the others not"
+    def fit(*cbs):
+        set_seed(0)
+        learn = vit_learner(some_digits(), vit('digits', stem='conv'), train_bn=True, cbs=[Checkpoint(file), *cbs])
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3)
+        return weights(learn)
+    file = tmp_path/'whole.pt'
+    whole, file = fit(), tmp_path/'cut.pt'
+    with pytest.raises(InterruptedError): fit(Stop(1, 1))
+    assert torch.equal(whole, fit())
+
 def test_a_fit_after_a_damaged_checkpoint_trains(some_digits, tmp_path):
     "The epoch at which it would have gone on is forgotten with it"
     quick(some_digits(), Checkpoint(tmp_path/'c.pt')).fit(1)

@@ -821,7 +821,7 @@ def _check_averages(opt, states):
             x = torch.as_tensor(v)
             good = x.shape in (p.shape, ()) and x.isfinite().all()
             if not good: raise ValueError(f"{k}: wrong shape, or not finite")
-        kinds.add(tuple(sorted((k, torch.as_tensor(v).dim() > 0) for k, v in values.items() if k[:3] != 'do_')))
+        kinds.add(tuple(sorted((k, torch.as_tensor(v).dim() > 0) for k, v in values.items() if k not in marks)))
     if len(kinds - {()}) > 1: raise ValueError("not the same numbers for each parameter")
 
 def _check_rows(saved, epoch):
