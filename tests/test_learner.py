@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import OptimWrapper
@@ -346,6 +347,19 @@ def test_trackers_remember_what_they_saw(epoch, some_digits, tmp_path):
     for what in ('loss', 'accuracy'):
         a, b = (weights(quick(some_digits(), path=tmp_path).load(f'{name}-{what}')) for name in ('whole', 'cut'))
         assert torch.equal(a, b)
+
+@pytest.mark.parametrize('epoch', [1, 2])
+def test_gradients_that_wait_for_a_step_are_kept(epoch, some_digits, tmp_path):
+    "An epoch may end amid the batches that make one large one"
+    def fit(name, *cbs):
+        set_seed(0)
+        learn = quick(some_digits(), GradientAccumulation(2*some_digits().train.bs), Checkpoint(tmp_path/name), *cbs)
+        learn.fit(3, 3e-3)
+        return learn
+    whole = fit('whole.pt')
+    assert load_checkpoint(tmp_path/'whole.pt')['parts']['GradientAccumulation']['count'] == 32     # one is left
+    with pytest.raises(InterruptedError): fit('cut.pt', Stop(1, epoch))
+    assert torch.equal(weights(whole), weights(fit('cut.pt')))
 
 def test_a_batch_norm_that_is_always_trained_survives(some_digits, tmp_path):
     "fastai marks its parameters, and the others not"

@@ -23,7 +23,7 @@ import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_f
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
 from fastai.callback.tracker import ReduceLROnPlateau, TrackerCallback
-from fastai.callback.training import GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.layers import NoneReduce
@@ -695,6 +695,17 @@ def _set_seen(tracker, state):
         for h, lr in zip(tracker.opt.hypers, state['lrs'], strict=True): h['lr'] = float(lr)
 
 TrackerCallback.state_dict, TrackerCallback.load_state_dict = _seen, _set_seen
+
+def _waiting(accumulation):
+    "The gradients that wait for more of their kind when an epoch ends, and of how many images they are"
+    return dict(count=accumulation.count, grads=[p.grad for p, *_ in accumulation.opt.all_params()])
+
+def _set_waiting(accumulation, state):
+    accumulation.count = int(state['count'])
+    for (p, *_), grad in zip(accumulation.opt.all_params(), state['grads'], strict=True):
+        p.grad = None if grad is None else grad.to(p.device)
+
+GradientAccumulation.state_dict, GradientAccumulation.load_state_dict = _waiting, _set_waiting
 
 # %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):
