@@ -591,6 +591,7 @@ def test_rows_that_cant_be_used(rows, folder):
                       (rows.rename_column('label', 'kind'), 'train has no column label: its columns are image, kind'),
                       (rows.map(lambda row: dict(label=-1)), 'train has 24 rows without a label: leave them out'),
                       (dict(train=rows, more=rows), 'has splits more, expected train'),
+                      (dict(train=rows, dev=rows, validation=rows), 'dev, validation mean the same split'),
                       (dict(test=rows), 'has no split to train with: call it train')):
         with pytest.raises(ValueError, match=said): dataset_dls(bad, **how)
     with pytest.raises(ValueError, match='a cache is for files: leave it out'): dataset_dls(rows, cache='x', **how)

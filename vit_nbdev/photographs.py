@@ -408,7 +408,10 @@ def dataset_dls(
     "Pictures of a Hugging Face data set, in memory or streamed; one with `streaming=True` is first copied to disk"
     if 'cache' in streaming: raise ValueError("a cache is for files: leave it out")
     given = dataset if isinstance(dataset, dict) else dict(train=dataset)
-    given = {SPLITS.get(name.lower(), name): part for name, part in given.items()}
+    kinds = [SPLITS.get(name.lower(), name) for name in given]
+    if same := [name for name, kind in zip(given, kinds) if kinds.count(kind) > 1]:
+        raise ValueError(f"the data set's {some(same)} mean the same split: leave one of them, or join them")
+    given = dict(zip(kinds, given.values()))
     if unknown := given.keys() - {'train', 'valid', 'test'}:
         raise ValueError(f"the data set has splits {some(unknown)}, expected train, validation and test")
     if 'train' not in given: raise ValueError("the data set has no split to train with: call it train")
