@@ -1,5 +1,6 @@
 """What a person does with pictures around a training: predictions in a stream, a page to drop pictures on."""
-import csv, importlib.machinery, json, re, shutil, socket, struct, sys, threading, types, urllib.error, urllib.request
+import csv, importlib.machinery, json, re, shutil, socket, struct, sys, threading, time, types
+import urllib.error, urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -194,9 +195,11 @@ def test_what_a_server_refuses(run, pictures, capfd):
                (413, dict(error='the picture has more than 0.01 MB: make it smaller'))
         assert post(f'{at}/predict', bytes(39_000))[0] == 413          # all of it is taken, or who sends hears nothing
         assert post(f'{at}/predict', b'x', **{'Content-Length': '1'*5000})[0] == 411
-        with socket.create_connection(('127.0.0.1', int(at.split(':')[2]))) as gone:
-            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))      # leaves with a reset
-            gone.sendall(b'GET / HTTP/1.1\r\n\r\n')
+        for asked in ('GET / HTTP/1.1', *(f'POST /predict HTTP/1.1\r\nContent-Length: {n}' for n in (99, 20_000))):
+            with socket.create_connection(('127.0.0.1', int(at.split(':')[2]))) as gone:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))      # leaves with a reset
+                gone.sendall(f'{asked}\r\n\r\na part'.encode())
+                time.sleep(0.05)       # it is waited for
         assert post(f'{at}/../config.json')[0] == 404 and post(f'{at}/', b'x')[0] == 404
         assert post(f'{at}/predict', (pictures/'dark'/'01.png').read_bytes())[0] == 200     # it goes on
         assert capfd.readouterr().err == ''

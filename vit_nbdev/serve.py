@@ -43,9 +43,9 @@ def _handler(run, page, most):
     class Handler(BaseHTTPRequestHandler):
         timeout = 60            # seconds that a sender may be silent
         def log_message(self, *args): pass
+        def handle(self):
+            with suppress(ConnectionError): super().handle()      # who has gone, even while sending, needs no answer
         def reply(self, status, body, kind):
-            with suppress(ConnectionError): self.send(status, body, kind)       # who has gone needs no answer
-        def send(self, status, body, kind):
             self.send_response(status)
             for name, value in {'Content-Type': kind, 'Content-Length': len(body), 'Connection': 'close',
                                 'Content-Security-Policy': _SAFE, 'X-Content-Type-Options': 'nosniff'}.items():
