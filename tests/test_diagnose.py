@@ -59,6 +59,17 @@ def test_batch_norm_is_a_note_and_frozen_parameters_are_fine():
     report = diagnose(model, **bugs.images(), show=False)
     assert [(f.check, f.severity, f.module) for f in report] == [('training batch', 'note', '1')]
 
+def test_evidence_of_mixing_is_that_of_an_image_that_hears_of_others():
+    "Image 0 does not, where a recurrence runs along the batch"
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.embed = nn.LSTM(8, 8), nn.Embedding(11, 8)
+        def forward(self, x): return self.rnn(x if x.is_floating_point() else self.embed(x))[0][:, -1]
+    for x, what in (torch.randn(4, 6, 8), 'of the gradient'), (torch.randint(2, 11, (4, 6)), "of an image's output"):
+        found, = (f for f in diagnose(Recurrent(), x, show=False) if f.check == 'batch')
+        assert found.evidence > 0.1 and found.detail.startswith(what)
+
 def test_a_frozen_trunk_under_no_grad_is_fine():
     class Frozen(bugs.TrunkWithoutGrad):
         def __init__(self):

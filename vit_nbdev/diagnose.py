@@ -524,14 +524,22 @@ def mixing(
     return crosses, call
 
 # %% ../nbs/07_diagnose.ipynb #2fc75951
+def _from_others(p, i):
+    "How much of the output of image `i` comes from the others: of its gradient, or else of its entries; and which"
+    grads = [g.double() for old, g in p.input_gradients(lambda out: out[i].double()) if len(old) == p.size]
+    sizes = sum(g.abs().flatten(1).sum(1).cpu() for g in grads) if grads else torch.zeros(p.size)
+    mates = ~p.rows(i)
+    if sizes[mates].sum() > 0:
+        return (sizes[mates].sum() / sizes.sum()).item(), "of the gradient of an image's output falls on other images"
+    changed, _ = p.compare(p.replaced(mates))
+    return changed[i].float().mean().item(), "of an image's output changes when only the other images do"
+
 def _share_of_others(p):
-    "How much of an image's output comes from the others: of its gradient, or else of its entries; and which of these"
-    grads = [g.double() for old, g in p.input_gradients(lambda out: out[0].double()) if len(old) == p.size]
-    sizes = sum(g.abs().flatten(1).sum(1) for g in grads) if grads else torch.zeros(p.size)
-    if sizes[1:].sum() > 0:
-        return (sizes[1:].sum() / sizes.sum()).item(), "of the gradient of an image's output falls on other images"
-    changed, _ = p.compare(p.replaced(~p.rows(0)))
-    return changed[0].float().mean().item(), "of an image's output changes when only the other images do"
+    "The same of the first image that hears of others; of a recurrence along the batch, say, image 0 does not"
+    for i in range(p.size):
+        share, what = _from_others(p, i)
+        if share: break
+    return share, what
 
 def _batch_advice(call):
     "What to do about a module that mixes the images of a batch"
