@@ -70,6 +70,15 @@ def test_evidence_of_mixing_is_that_of_an_image_that_hears_of_others():
         found, = (f for f in diagnose(Recurrent(), x, show=False) if f.check == 'batch')
         assert found.evidence > 0.1 and found.detail.startswith(what)
 
+def test_mixing_beside_batch_norm_is_reported_once():
+    class Mixing(nn.Module):
+        def forward(self, x): return x + x.roll(1, 0) if self.training else x
+    def found(*layers):
+        report = diagnose(nn.Sequential(nn.Linear(8, 8), *layers), torch.randn(4, 8), show=False)
+        return [(f.severity, f.module) for f in report if f.check == 'training batch']
+    assert found(Mixing(), nn.BatchNorm1d(8)) == [('warning', '1')]
+    assert found(nn.BatchNorm1d(8), Mixing()) == [('warning', '2'), ('note', '1')]
+
 def test_a_frozen_trunk_under_no_grad_is_fine():
     class Frozen(bugs.TrunkWithoutGrad):
         def __init__(self):

@@ -606,6 +606,7 @@ def check_training_batch(p: Probe) -> list[Finding]:
         advice = 'By design: batch norm.' if norm else _batch_advice(call)
         found.append(Finding('training batch', 'note' if norm else 'warning', _name_of(call), p.size,
                              'images are mixed in training mode', advice))
+        if not norm: break             # batch norm hides nothing: the second look would find the same
     return found
 
 # %% ../nbs/07_diagnose.ipynb #60ee38ce
