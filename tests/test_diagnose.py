@@ -659,6 +659,12 @@ def test_positions_that_are_an_input_stay_where_they_are(first):
         found = worse_than_notes(diagnose(Sentences(places=False), x, show=False))
         assert ('positions', '') in [f[:2] for f in found]
 
+def test_tokens_in_a_row_with_no_others_are_moved():
+    "As in `torch.arange(9)` for a try: they look like positions, but are all there is"
+    model = Sentences(places=False)
+    found = diagnose(model, (torch.arange(9).repeat(4, 1), torch.zeros(4, 9, dtype=torch.long)), show=False)
+    assert ('positions', '') in [f[:2] for f in worse_than_notes(found)]
+
 def test_tokens_of_two_kinds_are_content():
     x = torch.randint(2, (8, 9))
     assert worse_than_notes(diagnose(bugs.Decoder(), x, causal=True, show=False)) == []

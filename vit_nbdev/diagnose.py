@@ -1048,7 +1048,7 @@ def _counts(t):
 
 def check_positions(p: Probe) -> list[Finding]:
     "Positions without effect: patches or tokens change places and nothing else happens"
-    content = [t for t in p.content if not _counts(t)]
+    content = [t for t in p.content if not _counts(t)] or p.content
     if p.mask is not None or not content or content[0].ndim < 2: return []
     if torch.finfo(p.out.dtype).eps > 1e-6: return []     # half precision: rounding hides too much
     x = content[0]
