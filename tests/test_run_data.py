@@ -179,7 +179,7 @@ def test_the_page_has_each_class(name, tmp_path):
     assert balanced_accuracy(results) == balanced
     names = ('recipe model epochs bs lr wd label_smoothing ema mixup clip augment erase rand_augment seed precision '
              'compile').split()
-    settings = dict.fromkeys(names, 1) | dict(data='d', changes={})
+    settings = dict.fromkeys(names, 1) | dict(data='d', changes={}, augment=dict(max_shift=0.1, flip=True))
     accuracy = np.mean(np.array(targets) == predictions)
     facts = dict(settings=settings, preprocessing=dict(labels=['many', 'few']), parameters=1, device='cpu', processes=1,
                  seconds=1, images_per_second=1, versions={})
@@ -188,6 +188,7 @@ def test_the_page_has_each_class(name, tmp_path):
     rows = re.findall('<tr><td>(many|few)</td><td>(.*?)</td>', page)
     assert sorted(rows) == [('few', few), ('many', many)]
     assert re.search(f'class="big">{percent(accuracy)}, balanced over the classes {percent(balanced)}', page)
+    assert '<td>augmentation</td><td>max_shift=0.1, flip=True</td>' in page
 
 SEVERAL = torch.tensor([[1., 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]])     # labels x, y and z of four images
 SAID = torch.tensor([[.9, .2, .7], [.1, .8, .6], [.4, .1, .3], [.2, .5, .1]])   # wrong: z of the second, x of the last

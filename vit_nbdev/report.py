@@ -337,7 +337,7 @@ def settings_table(
 ) -> dict:         # titles and values
     "What was trained and how, in the order in which it is read"
     s = config['settings']
-    changes = ', '.join(f'{k}={v}' for k, v in s['changes'].items())
+    changes, augment = (', '.join(f'{k}={v}' for k, v in (s[name] or {}).items()) for name in ('changes', 'augment'))
     versions = ', '.join(f'{k} {v}' for k, v in config['versions'].items())
     names = {'data': 'data', 'recipe': 'recipe', 'model': 'model', 'epochs': 'epochs', 'batch size': 'bs',
              'learning rate': 'lr', 'weight decay': 'wd', 'label smoothing': 'label_smoothing', 'EMA': 'ema',
@@ -346,7 +346,7 @@ def settings_table(
     names |= {name.replace('_', ' '): name for name in SETTINGS if s.get(name)}
     def said(value): return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value or 'off'
     rows = {title: said(s[name]) for title, name in names.items()}
-    rows |= {'augmentation': s['augment'] or 'as usual', 'changed in the model': changes or 'nothing',
+    rows |= {'augmentation': augment or 'as usual', 'changed in the model': changes or 'nothing',
              'seed': s['seed'], 'parameters': f"{config['parameters']:,}",
              'device': config['device'], 'processes': config['processes'],
              'seconds': f"{config['seconds']:,.0f}", 'images per second': f"{config['images_per_second']:,.0f}"}
