@@ -373,7 +373,9 @@ def test_vit_train_on_several_labels(folder, tmp_path, monkeypatch, capsys):
     assert 'tta_accuracy' in config and 'hint' not in out       # 8 images of 3 labels
     assert f"mean F1 of the labels {percent(config['mean_f1'])}" in out
     assert {p.stem for p in run.glob('*.png')} == {'curves', 'predictions', 'mistakes', 'augmented'}
-    assert 'with all their labels and no other' in (run/'report.html').read_text()
+    page = (run/'report.html').read_text()
+    assert 'with all their labels and no other' in page
+    assert 'in red, with the true labels.' in page and 'Accuracy of each class' not in page
     lines = pd.read_csv(run/'metrics.csv')
     best = lines.sort_values(['f1_score', 'valid_loss'], ascending=[False, True]).epoch.iloc[0] + 1
     assert list(lines)[3:] == ['f1_score', 'accuracy_multi'] and config.get('best_epoch', len(lines)) == best

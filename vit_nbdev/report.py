@@ -276,6 +276,7 @@ PICTURES = {   # file without its ending -> title and what to see
     'augmented': ('What it was trained on', 'Training images as the model saw them: other ones in each epoch.'),
 }
 _FOR_LABELS = {   # likewise, where an image may have several
+    'predictions': ('Test images', 'Mistakes first, in red, with the true labels.'),
     'mistakes': ('The worst mistakes', 'Below, bright: the patches that spoke for the label that is named there, the '
                                        'one it was most wrong about (Chefer 2021).'),
 }
