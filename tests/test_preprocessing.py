@@ -165,6 +165,11 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match='in_chans=4: images are read as 1 channel'):
         Preprocessing(8, [.5]*4, [.5]*4, in_chans=4)(tmp_path/'large.png')
 
+def test_all_that_is_told_in_pixels_grows_together():
+    prep = Preprocessing(32, HALF, HALF, resize_size=(40, 36), keep=(34, 32))
+    assert prep.at_size((64, 48)) == Preprocessing((64, 48), HALF, HALF, resize_size=(80, 54), keep=(68, 48))
+    assert Preprocessing.from_dict(prep.to_dict()) == prep
+
 def test_a_border_has_the_colour_that_was_asked_for():
     "The mean, as timm's, or a grey that does not change with the statistics"
     long = np.zeros((8, 32, 3), np.uint8)

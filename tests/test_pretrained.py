@@ -1207,12 +1207,13 @@ def test_whose_file_it_is(capsys):
     assert load_pretrained(wide).config.n_heads == 6
     assert "pos_resize='bicubic_antialias'" in told(w)
 
-def test_pixels_beyond_the_last_whole_patch(tmp_path):
+@pytest.mark.parametrize('crop_mode, crop_pct', [('squash', 1.), ('center', 1.), ('center', 0.9), ('border', 1.)])
+def test_pixels_beyond_the_last_whole_patch(crop_mode, crop_pct, tmp_path):
     "A side of 38 holds four patches of 8: the six pixels that are left over are dropped as by timm"
     timm = pytest.importorskip('timm', reason='needs timm, with which the pixels are compared')
     from timm.models._hub import save_for_hf
     theirs = fill(timm.create_model('vit_tiny_patch16_224', img_size=38, patch_size=8, depth=1, num_classes=5))
-    theirs.pretrained_cfg |= dict(input_size=(3, 38, 38), crop_pct=1., crop_mode='squash')
+    theirs.pretrained_cfg |= dict(input_size=(3, 38, 38), crop_pct=crop_pct, crop_mode=crop_mode)
     save_for_hf(theirs, tmp_path, safe_serialization=True)
     mine = load_pretrained(tmp_path)
     image = noise_picture(61, 47)

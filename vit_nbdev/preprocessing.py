@@ -8,7 +8,7 @@ __all__ = ['UNREAD', 'PROCESSORS', 'RESAMPLE', 'Preprocessing', 'is_special', 'o
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0000
 import math, os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,8 @@ class Preprocessing:
     resize: str = 'crop'                  # so that the short side fits; 'squash': both; 'border': the long one; 'none'
     crop_pct: float = 1.                  # `img_size` as a fraction of the size that is resized to
     resize_size: int|tuple[int, int]|None = None   # that size, where it is not `img_size/crop_pct` rounded down
-    keep: str = 'middle'                  # what is cut out: the 'middle', or the upper left 'corner'
+    keep: str|tuple[int, int] = 'middle'  # what is cut out: the 'middle', the upper left 'corner', or that corner of a
+                                          # middle of this (height, width)
     interpolation: str = 'bilinear'       # 'nearest', 'bilinear', 'bicubic', 'lanczos' or 'box'
     backend: str = 'pillow'               # what resizes: 'pillow' (timm, torchvision) or 'torch' (transformers)
     antialias: bool = True                # does shrinking average over all pixels? pillow always does
@@ -39,7 +40,7 @@ class Preprocessing:
     several: bool = False                 # may an image have several of them, or none?
 
     def __post_init__(self):
-        for name in ('img_size', 'resize_size', 'mean', 'std', 'value_range', 'labels'):
+        for name in ('img_size', 'resize_size', 'keep', 'mean', 'std', 'value_range', 'labels'):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         if self.resize == 'pad': object.__setattr__(self, 'resize', 'border')      # two words for one thing
         for f in fields(self): _check_field(f.name, getattr(self, f.name), self)
@@ -75,6 +76,10 @@ class Preprocessing:
         "Of each class: they add up to 1, unless an image may have several"
         return logits.sigmoid() if self.several else logits.softmax(dim=-1)
 
+    def at_size(self, img_size: tuple[int, int]) -> 'Preprocessing':  # (height, width)
+        "For images of another size, cut out of as large a part as before"
+        return _at_size(self, img_size)
+
     def to_dict(self) -> dict: return asdict(self)
 
     @classmethod
@@ -84,7 +89,7 @@ class Preprocessing:
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0018
 # longer than 40 lines: a rule for each field
-_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), keep=('middle', 'corner'), backend=('pillow', 'torch'),
+_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
                interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
 
 def _as_tuple(name, value):
@@ -105,6 +110,9 @@ def _check_field(name, value, prep):
     elif name in ('img_size', 'resize_size'):
         if not _are(_is_side, value, 2) and (name, value) != ('resize_size', None):
             want = 'a positive integer of pixels, or two: (height, width)'
+    elif name == 'keep':
+        if value not in ('middle', 'corner') and not _are(_is_side, value, 2):
+            want = "'middle', 'corner', or the (height, width) of a middle"
     elif name == 'in_chans':
         if not _is_side(value): want = 'a positive integer'
     elif name in ('mean', 'std'):
@@ -141,6 +149,13 @@ def _from_dict(cls, values, where):
     try: return cls(**values)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
+def _at_size(prep, img_size):
+    "`prep` for another size, with all that is told in pixels in proportion"
+    in_pixels = {k: x for k in ('resize_size', 'keep') if isinstance(x := getattr(prep, k), tuple)}
+    for k, sides in in_pixels.items():
+        in_pixels[k] = tuple(round(x*new/old) for x, new, old in zip(sides, img_size, prep.img_size))
+    return replace(prep, img_size=img_size, **in_pixels)
+
 # %% ../nbs/02a_preprocessing.ipynb #prep0013
 def _resized(prep, h, w):
     "Height and width of an image of `h` x `w` pixels after it was resized"
@@ -154,17 +169,17 @@ def _resized(prep, h, w):
     ratio = max(ratios) if prep.resize == 'border' else min(ratios)
     return max(round(h/ratio), 1), max(round(w/ratio), 1)
 
-def _start(have, want, backend, keep='middle'):
+def _start(have, want, backend):
     "Where the middle `want` of `have` pixels begins; below zero where there are too few"
     margin = have - want
-    if keep == 'corner' and margin > 0: return 0
     if margin < 0: return -(-margin//2)
     return margin//2 if backend == 'torch' else round(margin/2)   # transformers drops half a pixel, torchvision rounds
 
 def _window(prep, im):
     "Resize `im` and cut out its middle `(c h w)`; where that is too small, it gets a border"
     size = _resized(prep, im.height, im.width)
-    starts = [_start(have, want, prep.backend, prep.keep) for have, want in zip(size, prep.img_size)]
+    middle = dict(middle=prep.img_size, corner=tuple(map(max, size, prep.img_size))).get(prep.keep, prep.keep)
+    starts = [_start(have, want, prep.backend) for have, want in zip(size, middle)]
     (top, left), (bottom, right) = starts, (start + want for start, want in zip(starts, prep.img_size))
     inside = max(top, 0), max(left, 0), min(bottom, size[0]), min(right, size[1])
     x = _resample(prep, im, size, inside)

@@ -763,7 +763,7 @@ def _transformers_facts(c, p, where='preprocessor_config.json'):
     facts = dict(config=config, labels=labels, problem_type=c.get('problem_type'))
     if p: return facts | dict(prep=transformers_preprocessing(p, _size(size), where))
     prep = transformers_preprocessing(dict(image_processor_type=processor + 'ImageProcessor'))
-    return facts | dict(prep=_at_size(prep, _pair(_size(size))), no_processor=True)
+    return facts | dict(prep=prep.at_size(_pair(_size(size))), no_processor=True)
 
 def _size(size):
     "A side, or height and width, from JSON"
@@ -786,10 +786,10 @@ def _preprocessing(origin, facts, old, new, changes):
         for k, x in stats.items():
             stats[k] = (sum(x)/len(x),) if new.in_chans == 1 else tuple(x[i % len(x)] for i in range(new.in_chans))
         prep = replace(prep, in_chans=new.in_chans, **stats)
-    if 'img_size' in changes: prep = _at_size(prep, new._sides)
+    if 'img_size' in changes: prep = prep.at_size(new._sides)
     elif any(side % new.patch_size for side in prep.img_size):      # pixels beyond the last whole patch are dropped
         whole = tuple(side//new.patch_size*new.patch_size for side in prep.img_size)
-        prep = replace(prep, img_size=whole, resize_size=prep.resized, crop_pct=1., keep='corner')
+        prep = replace(prep, img_size=whole, resize_size=prep.resized, crop_pct=1., keep=prep.img_size)
     labels, problem, kept = facts.get('labels'), facts.get('problem_type'), old.n_classes == new.n_classes > 0
     if kept and problem == 'regression':
         raise ValueError("config.json says problem_type='regression', so the head gives no classes: "
@@ -800,11 +800,6 @@ def _preprocessing(origin, facts, old, new, changes):
     if labels is None or len(labels) != new.n_classes:
         labels = () if kept and facts.get('embedding') else [str(i) for i in range(new.n_classes)]
     return replace(prep, labels=tuple(labels))
-
-def _at_size(prep, size):
-    "Images of `size` instead, cut out of as large a part as before"
-    resize = prep.resize_size and tuple(round(r*s/side) for r, s, side in zip(prep.resize_size, size, prep.img_size))
-    return replace(prep, img_size=size, resize_size=resize)
 
 # %% ../nbs/05_pretrained.ipynb #f993738b
 SYNSETS = {1000: 'imagenet', 11221: 'imagenet21k_miil', 11821: 'imagenet12k', 21841: 'imagenet22k',

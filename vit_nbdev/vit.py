@@ -351,9 +351,7 @@ def set_resolution(self: ViT,
     config = replace(self.config, img_size=img_size)
     self.pos_embed.data = self.positions(*config.grid)[:, self.n_prefix - self._n_slots:].clone()
     self.pos_embed.grad, self.config = None, config
-    if prep := getattr(self, 'preprocessing', None):
-        resized = [round(r*new/old) for r, new, old in zip(prep.resize_size or (), config._sides, prep.img_size)]
-        self.preprocessing = replace(prep, img_size=config._sides, resize_size=tuple(resized) or None)
+    if prep := getattr(self, 'preprocessing', None): self.preprocessing = prep.at_size(config._sides)
     return self
 
 # %% ../nbs/02_vit.ipynb #4ffdcf6f
