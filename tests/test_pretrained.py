@@ -633,6 +633,16 @@ def test_run_folders(changes, tmp_path):
     assert mine.preprocessing == Preprocessing.from_dict(prep)
     assert torch.equal(mine(images(model.config)), model(images(model.config)))
 
+@pytest.mark.parametrize('size', [(44, 44), (44, 72)], ids=str)
+def test_a_run_with_a_conv_stem_keeps_its_size(size, tmp_path):
+    "The stem takes any side, also one that patches don't fill"
+    from vit_nbdev.runs import save_model
+    model = fill(vit('photos', img_size=size, depth=1)).eval()
+    save_model(model, tmp_path, Preprocessing(size, (0.5,)*3, (0.5,)*3))
+    mine = load_pretrained(tmp_path)
+    assert (mine.config, mine.preprocessing.img_size, mine.report) == (model.config, size, [])
+    with torch.no_grad(): close(mine(pixels(*size)), model(pixels(*size)), 1e-6)
+
 def test_folder_of_timm(tmp_path):
     "Its config.json tells what weights can't"
     timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')

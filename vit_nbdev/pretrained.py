@@ -276,7 +276,7 @@ def _configure(w, origin, facts, changes):
     told = {k: v for k, v in known.items() if k not in shapes or k in _TOLD or own}
     if shapes['pool'] in ('prefix', 'cls+mean') and not own: told.pop('pool', None)    # the head's width
     values = usual | shapes | told | {k: changes[k] for k in ('n_heads', 'rotary', 'rotary_size') if k in changes}
-    values |= _places(w, values, told, changes)
+    if not own or not known: values |= _places(w, values, told, changes)
     old = _config(values)
     for k, v in changes.items():
         if k not in CHANGEABLE and v != getattr(old, k, None):
@@ -787,7 +787,7 @@ def _preprocessing(origin, facts, old, new, changes):
             stats[k] = (sum(x)/len(x),) if new.in_chans == 1 else tuple(x[i % len(x)] for i in range(new.in_chans))
         prep = replace(prep, in_chans=new.in_chans, **stats)
     if 'img_size' in changes: prep = prep.at_size(new._sides)
-    elif any(side % new.patch_size for side in prep.img_size):      # pixels beyond the last whole patch are dropped
+    elif new.stem == 'patch' and any(side % new.patch_size for side in prep.img_size):    # a rest is dropped
         whole = tuple(side//new.patch_size*new.patch_size for side in prep.img_size)
         prep = replace(prep, img_size=whole, resize_size=prep.resized, crop_pct=1., keep=prep.img_size)
     labels, problem, kept = facts.get('labels'), facts.get('problem_type'), old.n_classes == new.n_classes > 0
