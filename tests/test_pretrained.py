@@ -657,6 +657,16 @@ def test_folder_of_timm(tmp_path):
                                                crop_pct=cfg['crop_pct'], labels=tuple('abcde'))
     assert mine.config.n_heads == 6 and mine.config.act == 'quick_gelu' and mine.config.norm_eps == 1e-5
 
+def test_folder_of_timm_with_four_channels(tmp_path):
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    kwargs = dict(img_size=64, depth=1, in_chans=4, num_classes=5)
+    theirs = fill(timm.create_model('vit_tiny_patch16_224', **kwargs))
+    save_for_hf(theirs, tmp_path, safe_serialization=True, model_args=kwargs)
+    mine, x = load_pretrained(tmp_path), torch.cat([pixels(64, 64), pixels(64, 64)], dim=1)[:, :4]
+    same(mine, theirs, x, 1e-5)
+    assert mine.preprocessing.mean == (0.5,)*4
+
 def test_oblong_weights():
     theirs = timm_model('augreg, deit', img_size=(24, 48))
     message = r'19 positions, and neither 19 nor 18 patches make a square: say img_size=\(height, width\)'

@@ -589,7 +589,7 @@ def _either(*tests): return lambda x: any(test(x) for test in tests)
 _TEXT, _OBJECT = (lambda x: isinstance(x, str), 'a text'), (lambda x: isinstance(x, dict), 'an object {...}')
 _COUNT, _POSITIVE = (_is_count, 'a positive integer'), (lambda x: _is_number(x) and x > 0, 'a positive number')
 _SIDES = _either(_is_count, _are(_is_count, (1, 2))), 'a side, or height and width'
-_STATISTICS = _either(_is_number, _are(_is_number, (1, 3))), 'numbers, one for each channel'
+_STATISTICS = _either(_is_number, _are(_is_number, range(1, 1000))), 'numbers, one for each channel'
 SCHEMA = {    # fields of timm's, transformers' and open_clip's files: what must be there, if there is anything
     **dict.fromkeys(('architecture', 'model_type', 'global_pool', 'hidden_act', 'interpolation', 'crop_mode',
                      'image_processor_type', 'feature_extractor_type', 'resize_mode', 'problem_type'), _TEXT),
