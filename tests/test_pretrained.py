@@ -913,6 +913,7 @@ def test_the_image_half_of_two_models(name, tmp_path):
             close(mine(x), theirs.visual_projection(vector) if name == 'CLIPModel' else vector, 1e-5)
 
 WRAPPERS = {
+    'encoder.': lambda w: under('encoder.', w), 'model.encoder.': lambda w: under('model.encoder.', w),
     '_orig_mod.': lambda w: {'_orig_mod.' + k: v for k, v in w.items()},
     'model.': lambda w: under('model.', w), '0.model.': lambda w: under('0.model.', w),
     'backbone. in a teacher': lambda w: {'teacher': under('backbone.', w), 'student': {'x': w['cls_token']}},

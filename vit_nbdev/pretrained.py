@@ -141,7 +141,8 @@ def _origin(mark, names, norm_eps, pos_resize, stats, interpolation, crop_pct, a
 _PATCHES, _PATCH = 'embeddings.patch_embeddings.projection.weight', 'embeddings.patch_embedding.weight'
 _NORM = 'blocks.0.norm1.weight'
 ORIGINS = dict(   # the mark among the names (`also`: another one beside it), and what the weights don't say
-    vit_nbdev=_origin('encoder.blocks.0.norm1.weight', {}, 1e-6, 'bicubic_antialias', _HALF, 'bilinear', 1.),
+    vit_nbdev=_origin('encoder.blocks.0.norm1.weight', {}, 1e-6, 'bicubic_antialias', _HALF, 'bilinear', 1.,
+                      also=('cls_token',)),
     dinov3=_origin(_NORM, FACEBOOK, 1e-5, 'bicubic_antialias', _IMAGENET, 'bicubic', 1., also=('storage_tokens',)),
     dinov2=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_offset', _IMAGENET, 'bicubic', 224/256, also=('mask_token',)),
     timm=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_antialias', _HALF, 'bicubic', 0.9),
