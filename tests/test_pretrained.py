@@ -667,6 +667,16 @@ def test_folder_of_timm_with_four_channels(tmp_path):
     same(mine, theirs, x, 1e-5)
     assert mine.preprocessing.mean == (0.5,)*4
 
+def test_epsilon_of_a_norm_before_the_blocks(tmp_path):
+    "CLIP's 1e-5 is assumed of bare weights alone; timm's config.json names another architecture"
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    kwargs = dict(img_size=64, depth=1, pre_norm=True, num_classes=5)
+    theirs = fill(timm.create_model('vit_tiny_patch16_224', **kwargs))
+    save_for_hf(theirs, tmp_path, safe_serialization=True, model_args=kwargs)
+    assert load_pretrained(tmp_path).config.norm_eps == 1e-6
+    assert load_pretrained(theirs.state_dict()).config.norm_eps == 1e-5
+
 def test_oblong_weights():
     theirs = timm_model('augreg, deit', img_size=(24, 48))
     message = r'19 positions, and neither 19 nor 18 patches make a square: say img_size=\(height, width\)'

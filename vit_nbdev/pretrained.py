@@ -265,7 +265,7 @@ def _configure(w, origin, facts, changes):
     "The configuration of the weights `w` as they are, that of the model that is wanted, and what was assumed"
     shapes, usual = _shapes(w, facts.get('joined', False)), dict(ORIGINS[origin]['config'])
     known, own = facts.get('config', {}), origin == 'vit_nbdev'
-    if shapes['embed_norm']: usual['norm_eps'] = 1e-5                                     # CLIP
+    if shapes['embed_norm'] and not known: usual['norm_eps'] = 1e-5                       # CLIP
     if shapes['gated']: usual['act'] = 'silu'
     if 'dinov3' in origin: usual['rotary'] = 'dinov3'
     if 'n_heads' not in known | changes: usual['n_heads'] = _n_heads(shapes['dim'], shapes['gated'])
