@@ -1266,6 +1266,15 @@ def test_bare_weights_that_do_not_tell(name, message):
     with torch.device('meta'), pretrained._NoInit(): w = timm.create_model(name, depth=1).state_dict()
     with pytest.raises(ValueError, match=message): load_pretrained(w)
 
+def test_patches_of_naflex_with_another_number_of_channels(tmp_path):
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    kwargs = dict(depth=1, embed_dim=192, num_heads=3, in_chans=1)
+    save_for_hf(timm.create_model('naflexvit_base_patch16_gap', **kwargs), tmp_path, safe_serialization=True,
+                model_args=kwargs)
+    with pytest.raises(ValueError, match='patches of 256 numbers, no squares of three channels'):
+        load_pretrained(tmp_path)
+
 def test_deit_3_in_its_own_file():
     theirs = timm_model('deit3')
     w = {k.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2'): x for k, x in theirs.state_dict().items()}

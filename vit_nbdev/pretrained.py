@@ -177,6 +177,7 @@ def _from_naflex(w):
     "In place: timm's NaFlex has patches as rows of pixels, and positions as a grid, or as rows' and columns'"
     kernel = w['embeds.proj.weight']
     p = math.isqrt(kernel.shape[1]//3)
+    if 3*p*p != kernel.shape[1]: raise _variant(f'patches of {kernel.shape[1]} numbers, no squares of three channels')
     w['embeds.proj.weight'] = kernel.reshape(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
     if 'embeds.pos_embed_y' in w:
         w['embeds.pos_embed'] = w.pop('embeds.pos_embed_y')[:, :, None] + w.pop('embeds.pos_embed_x')[:, None]
