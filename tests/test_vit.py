@@ -395,6 +395,14 @@ def test_initialisation_is_the_papers():
             torch.testing.assert_close(p.std().item(), std, rtol=0.02, atol=0, msg=name)
             assert abs(p.mean().item()) < 5*std/p.numel()**0.5, name
 
+def test_only_gated_layers_start_as_two():
+    "The pool's network has no gate, also where those of the blocks have one"
+    torch.manual_seed(0)
+    model = vit('S/16', depth=1, gated=True, pool='map')
+    for mlp in (model.encoder.blocks[0].mlp, model.attn_pool.mlp):
+        std = (2/(4*384 + 384))**0.5
+        torch.testing.assert_close(mlp.fc1.weight.std().item(), std, rtol=0.02, atol=0)
+
 def test_presets_start_with_large_positions():
     torch.manual_seed(0)
     assert abs(vit('mnist').pos_embed.std() - 1) < 0.1

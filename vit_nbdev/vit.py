@@ -330,7 +330,7 @@ def init_weights(self: ViT):
     for name, m in self.named_modules():
         if isinstance(m, nn.Conv2d): nn.init.trunc_normal_(m.weight, std=m.weight[0].numel()**-0.5)
         elif isinstance(m, nn.Linear):    # q, k and v are three layers that share one matrix
-            parts = 3 if name.endswith('qkv') else 2 if c.gated and name.endswith('fc1') else 1
+            parts = 3 if name.endswith('qkv') else 2 if c.gated and 'blocks' in name and name.endswith('fc1') else 1
             for w in m.weight.chunk(parts): nn.init.xavier_uniform_(w)
         elif isinstance(m, AttentionPool): nn.init.normal_(m.probe, std=c.dim**-0.5)
         elif isinstance(m, (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d)): m.reset_parameters()
