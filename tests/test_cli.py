@@ -68,18 +68,19 @@ def beside(recipe):
             'mnist': [('baselines', f'mnist, {machine}')]}
     rows |= {data: [('other', f'{data}, {method}') for method in (machine, 'CNN')]
              for data in ('fashion_mnist', 'cifar10')}
-    rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'), [('few', 'CNN, 100, 32 epochs')])
+    rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'),
+                          [('few', 'support vector machine on pixels, 100'), ('few', 'CNN, 100, 32 epochs')])
     ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []
     for ledger, name in rows[recipe]:
         found = ledgers[ledger][lambda r: r.name == name].accuracy
         spread = f' ± {found.std():.2f}' if len(found) > 1 else ''
-        what = 'a support vector machine' if machine in name else net
+        what = 'a support vector machine' if 'support vector machine' in name else net
         part = ' (10,000 of the images)' if name == f'cifar10, {machine}' else ''
         if recipe in ('mnist-quick', 'fashion_mnist', 'cifar10') and 'CNN' in name:
             size = 'parameters' if ledger == 'baselines' else 'params'
             share = ledgers[ledger].set_index('name')[size][name].iloc[0]/ours(recipe)
             part = f" ({100*share:.0f} % of the parameters{', ten epochs' if recipe == 'cifar10' else ''})"
-        if recipe in ('folder', 'photos'): part = ' (of other draws)'
+        if recipe in ('folder', 'photos') and 'CNN' in name: part = ' (both of other draws)'
         parts.append(f'{what} {found.mean():.2f}{spread} %{part}')
     return '; beside it ' + ', '.join(parts)
 
@@ -106,6 +107,7 @@ def test_recipes_say_what_was_measured():
         assert len(test) == n and set(epochs) == {RECIPES[recipe].epochs}
         assert set(threads) == {2 if cores.startswith('two') else 1}
         accuracy, minutes = f'{test.mean():.2f} ± {test.std(ddof=1):.2f} %', np.median(seconds)/60
+        if n == 2: accuracy = ' and '.join(f'{x:.2f}' for x in test) + ' %'
         said = f'{accuracy} ({n} seeds{note}), {minutes:.0f} min on {cores}'
         assert RECIPES[recipe].measured == said + beside(recipe)
 
