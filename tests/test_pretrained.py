@@ -677,6 +677,20 @@ def test_epsilon_of_a_norm_before_the_blocks(tmp_path):
     assert load_pretrained(tmp_path).config.norm_eps == 1e-6
     assert load_pretrained(theirs.state_dict()).config.norm_eps == 1e-5
 
+def test_an_attention_pool_of_eva_is_refused(tmp_path):
+    "It attends to all tokens, with an activation and an epsilon of its own, and nobody has published one"
+    timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
+    from timm.models._hub import save_for_hf
+    kwargs = dict(img_size=56, depth=1, global_pool='map', num_classes=5)
+    save_for_hf(timm.create_model('eva02_tiny_patch14_224', **kwargs), tmp_path, safe_serialization=True,
+                model_args=kwargs)
+    with pytest.raises(ValueError, match='an attention pool of its own'): load_pretrained(tmp_path)
+
+def test_parts_that_would_be_one_are_refused():
+    timm = pytest.importorskip('timm', reason='compares with timm')
+    theirs = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, depth=1, reg_tokens=1)
+    with pytest.raises(ValueError, match='dist_token|reg_token'): load_pretrained(theirs.state_dict())
+
 def test_oblong_weights():
     theirs = timm_model('augreg, deit', img_size=(24, 48))
     message = r'19 positions, and neither 19 nor 18 patches make a square: say img_size=\(height, width\)'

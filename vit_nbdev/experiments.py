@@ -29,7 +29,8 @@ class Difference:
     detectable: float  # the smallest effect that such an experiment finds with a probability of 80 %
 
     @property
-    def verdict(self) -> str:  # higher, lower or not resolved; always the latter with fewer than five pairs
+    def verdict(self) -> str:  # higher, lower, not resolved (as always with fewer than five pairs), or all equal
+        if self.low == self.high == 0: return 'all equal'       # no spread: nothing is known of what was not seen
         if self.n < 5 or self.low <= 0 <= self.high: return 'not resolved'
         return 'higher' if self.low > 0 else 'lower'
 
@@ -74,9 +75,12 @@ def compare(
         both = table[[name, to]].dropna() if name != to else []
         if len(both) < 2: continue
         d = paired(both[name], both[to], overlap=overlap)
-        row |= {'difference': f'{d.mean:+.2f}', '95 % interval': f'{d.low:+.2f} to {d.high:+.2f}',
-                'detectable': f'{d.detectable:.2f}', 'verdict': d.verdict}
-    return pd.DataFrame(rows).T.fillna('')
+        row |= {'difference': f'{d.mean:+.2f}', 'verdict': d.verdict}
+        if d.verdict == 'all equal': continue
+        row |= {'95 % interval': f'{d.low:+.2f} to {d.high:+.2f}', 'detectable': f'{d.detectable:.2f}'}
+    columns = [value, 'n', 'difference', '95 % interval', 'detectable', 'verdict']
+    table = pd.DataFrame(rows).T
+    return table.reindex(columns=[c for c in columns if c in table]).fillna('')
 
 # %% ../nbs/04a_experiments.ipynb #answers1
 def answers(
@@ -169,7 +173,7 @@ def trials(
         result = own | train(seed=seed, **settings[name])
         if taken := [column for column in own if result[column] != own[column]]:
             raise ValueError(f"train gives {taken[0]!r}, a column that the ledger has itself: call it otherwise")
-        line = json.dumps(result, default=lambda x: x.tolist())
+        line = json.dumps(result, default=lambda x: x.tolist() if hasattr(x, 'tolist') else str(x))
         with open(file, 'a', encoding='utf-8') as f: f.write(line + '\n')
     done = set(zip(known.name, known.seed))
     left = [(name, seed) for seed in seeds for name in settings if (name, seed) not in done]

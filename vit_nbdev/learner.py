@@ -99,7 +99,7 @@ def adamw(
     sqr_mom: float = 0.99,  # the same for the mean of the squared gradient
     eps: float = 1e-5,      # added to the root of the latter
 ) -> AdamW:
-    "`AdamW` whose weight decay leaves biases, norms, tokens, positions and scale factors alone; fastai's defaults but for `wd`"
+    "`AdamW`, fastai's defaults but for `wd`, which leaves biases, norms, tokens, positions and scale factors alone"
     opt = AdamW(params, [], lr=lr, wd=wd, mom=mom, sqr_mom=sqr_mom, eps=eps)
     for p, *_ in opt.all_params():
         if p.ndim not in (2, 4): opt.state[p]['do_wd'] = False
@@ -671,8 +671,10 @@ _STATES = {TrackerCallback: (_seen, _set_seen), GradientAccumulation: (_waiting,
 def _part(cb):
     "What keeps the state of callback `cb`: itself, or of fastai's what `_STATES` says; else None"
     if hasattr(type(cb), 'load_state_dict'): return cb
-    for kind, (state, load) in _STATES.items():
-        if isinstance(cb, kind): return SimpleNamespace(state_dict=partial(state, cb), load_state_dict=partial(load, cb))
+    for kind, functions in _STATES.items():
+        if not isinstance(cb, kind): continue
+        state_dict, load_state_dict = (partial(f, cb) for f in functions)
+        return SimpleNamespace(state_dict=state_dict, load_state_dict=load_state_dict)
 
 def _parts(learn):
     "What has a state beside model and optimiser: callbacks, by name, and the gradient scaler of 16-bit training"

@@ -190,7 +190,9 @@ def our_names(
     "The weights under the names that `ViT` has for them; q, k and v, which it computes by one product, become one"
     w = dict(w)
     if 'embeds.proj.weight' in w: _from_naflex(w)
-    w = {_rename(name, ORIGINS[origin]['names']): x for name, x in w.items()}
+    names = {_rename(name, ORIGINS[origin]['names']): name for name in w}
+    if lost := sorted(set(w) - set(names.values())): raise _variant(f'{lost[0]} beside a part that is one with it')
+    w = {new: w[name] for new, name in names.items()}
     apart = [name for name in w if '.kv.' in name or '.gate.' in name] + [name for name in w if '.q.' in name]
     for name in apart:
         if name in w: _join(w, name)
@@ -694,6 +696,7 @@ def _timm_facts(c):
     if pool := c.get('global_pool'):
         if pool not in POOLS: raise _variant(f'global_pool={pool!r}')
         config['pool'] = POOLS[pool]
+        if pool == 'map' and re.search('^eva|rope|dinov3|lingbot', name): raise _variant('an attention pool of its own')
     size = prep.get('input_size')
     if 'img_size' in config and size: prep |= dict(input_size=(size[0], *_pair(_size(config['img_size']))))
     elif size and 'naflex' not in name: config['img_size'] = tuple(size[1:])
