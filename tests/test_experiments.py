@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vit_nbdev.experiments import answers, compare, read_trials, trials
+from vit_nbdev.experiments import answers, compare, paired, read_trials, trials
 
 def test_a_pair_is_two_results():
     "A training without one makes none, and nothing is said of fewer than two pairs"
@@ -16,6 +16,13 @@ def test_a_pair_is_two_results():
     assert found.loc['one', columns].tolist() == table.loc['c', columns].tolist() == ['']*4
     assert found.loc['two', columns].tolist() == table.loc['a', columns].tolist()
     assert answers(runs, {'one': ('c', 'b')}).pairs.tolist() == [1]
+
+def test_pairs_that_are_all_equal():
+    "They have no spread, so nothing is known of what could have been seen"
+    rows = [dict(name=n, seed=i, accuracy=100., seconds=1.) for n in 'ab' for i in range(5)]
+    table = compare(pd.DataFrame(rows), to='b')
+    assert table.loc['a'].tolist() == ['100.00 ± 0.00', 5, '+0.00', '', '', 'all equal']
+    assert paired([1., 2.], [1., 2.]).verdict == 'all equal' and paired([1., 2.], [0., 1.]).verdict == 'not resolved'
 
 # --- the ledger ---
 

@@ -75,12 +75,10 @@ def compare(
         both = table[[name, to]].dropna() if name != to else []
         if len(both) < 2: continue
         d = paired(both[name], both[to], overlap=overlap)
-        row |= {'difference': f'{d.mean:+.2f}', 'verdict': d.verdict}
-        if d.verdict == 'all equal': continue
-        row |= {'95 % interval': f'{d.low:+.2f} to {d.high:+.2f}', 'detectable': f'{d.detectable:.2f}'}
-    columns = [value, 'n', 'difference', '95 % interval', 'detectable', 'verdict']
-    table = pd.DataFrame(rows).T
-    return table.reindex(columns=[c for c in columns if c in table]).fillna('')
+        row['difference'] = f'{d.mean:+.2f}'
+        seen = '' if d.verdict == 'all equal' else f'{d.low:+.2f} to {d.high:+.2f}'
+        row |= {'95 % interval': seen, 'detectable': seen and f'{d.detectable:.2f}', 'verdict': d.verdict}
+    return pd.DataFrame(rows).T.fillna('')
 
 # %% ../nbs/04a_experiments.ipynb #answers1
 def answers(
