@@ -23,6 +23,7 @@ def test_pairs_that_are_all_equal():
     table = compare(pd.DataFrame(rows), to='b')
     assert table.loc['a'].tolist() == ['100.00 ± 0.00', 5, '+0.00', '', '', 'all equal']
     assert paired([1., 2.], [1., 2.]).verdict == 'all equal' and paired([1., 2.], [0., 1.]).verdict == 'not resolved'
+    assert str(paired([1.]*5, [1.]*5)) == '+0.00 (5 pairs): all equal'
 
 # --- the ledger ---
 
@@ -45,6 +46,21 @@ def test_what_train_gives_does_not_take_the_place_of_the_name(tmp_path):
         trials(lambda seed, x: dict(name='S/16', loss=x), dict(a=dict(x=1)), file)
     runs = trials(lambda seed, x: dict(seed=seed, loss=x), dict(a=dict(x=1)), file, seeds=range(2))
     assert runs.seed.tolist() == [0, 1]
+
+def test_another_process_that_writes_other_settings_is_noticed(tmp_path):
+    file = tmp_path/'trials.jsonl'
+    def train(seed, x):
+        if not seed: trials(double, dict(a=dict(x=10)), file, seeds=[1])
+        return double(seed, x)
+    with pytest.raises(ValueError, match='with other settings'): trials(train, dict(a=dict(x=1)), file, seeds=range(2))
+
+def test_lines_that_an_editor_leaves_while_others_train(tmp_path):
+    "A blank one is none; a last one that is open gets its end, and nothing is lost"
+    file = tmp_path/'trials.jsonl'
+    def train(seed, x):
+        if file.read_text(): file.write_text(file.read_text().rstrip() if seed == 1 else file.read_text() + '\n')
+        return double(seed, x)
+    assert trials(train, dict(a=dict(x=1)), file, seeds=range(4)).loss.tolist() == [2, 3, 4, 5]
 
 def test_two_processes_share_a_ledger(tmp_path):
     "What the other one has done meanwhile is not trained again; what both have done counts once"

@@ -383,6 +383,16 @@ def test_a_fit_after_a_damaged_checkpoint_trains(some_digits, tmp_path):
     learn.fit(1)
     assert len(learn.recorder.values) == 1
 
+def test_a_fit_that_ended_before_it_began_leaves_no_epoch_behind(some_digits, tmp_path):
+    class Refuses(Callback):
+        order = 80                    # after the checkpoint has found its file
+        def before_fit(self): raise ValueError('not today')
+    quick(some_digits(), Checkpoint(tmp_path/'c.pt')).fit(1)
+    learn = quick(some_digits())
+    with pytest.raises(ValueError, match='not today'): learn.fit(1, cbs=[Checkpoint(tmp_path/'c.pt'), Refuses()])
+    learn.fit(1)
+    assert len(learn.recorder.values) == 1
+
 # --- which epoch is the best ---
 
 def perplexity(pred, y): return pred.mean()

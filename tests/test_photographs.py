@@ -601,3 +601,10 @@ def test_rows_that_cant_be_used(rows, folder):
     i = [f.name for f in sorted(folder.rglob('?/*'))].index('11.jpg', 12)
     with pytest.raises(BadPicture, match=f"^row {i}: it can't be read as an image"):
         PictureRows(rows, 'image', range(24), PREP)[i]
+
+@pytest.mark.parametrize('backend', ['pillow', 'torch'])
+def test_what_cant_be_read_is_left_out_of_a_stream(backend, folder):
+    (folder/'a'/'bad.jpg').write_bytes(b'no image')
+    dls = folder_dls(folder, preprocessing=replace(PREP, backend=backend), stream=True, skip_bad=True, bs=4,
+                     workers=0, device='cpu')
+    assert sum(len(dl.dataset) for dl in dls.loaders) == 24

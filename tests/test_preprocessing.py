@@ -273,3 +273,9 @@ def test_what_is_refused_before_it_is_opened(tmp_path):
     for suffix in UNREAD:
         (tmp_path/f'cat{suffix}').write_bytes(b'no picture')
         with pytest.raises(ValueError, match='convert it to JPEG or PNG'): open_image(tmp_path/f'cat{suffix}')
+
+def test_the_middle_of_which_a_part_is_kept_holds_the_image():
+    with pytest.raises(ValueError, match=r'keep=\(10, 10\) must be .* at least \(32, 32\)'):
+        Preprocessing(32, [.5], [.5], in_chans=1, keep=(10, 10))
+    for resize_size in (None, 40):
+        assert Preprocessing(32, [.5], [.5], in_chans=1, resize_size=resize_size).at_size(64).img_size == (64, 64)

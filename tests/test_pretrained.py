@@ -1,5 +1,5 @@
 """Published weights: every format against the library it comes from, at its own and at another resolution; bad files"""
-import json, re, subprocess, sys
+import importlib.util, json, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from test_vit import close, fill, images
@@ -14,6 +15,7 @@ from vit_nbdev import pretrained
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.interpret import explore
 from vit_nbdev.pretrained import load_pretrained, to_timm, to_torchvision
+from vit_nbdev.runs import _as_weights_need
 from vit_nbdev.vit import ViT, ViTConfig, vit, vit_config
 
 ROOT = Path(__file__).parents[1]
@@ -677,6 +679,13 @@ def test_epsilon_of_a_norm_before_the_blocks(tmp_path):
     assert load_pretrained(tmp_path).config.norm_eps == 1e-6
     assert load_pretrained(theirs.state_dict()).config.norm_eps == 1e-5
 
+def test_as_many_means_as_channels(tmp_path):
+    theirs = transformers_model()
+    theirs.save_pretrained(tmp_path)
+    stats = dict(image_mean=[.1, .9], image_std=[.5, .25], size=32, do_normalize=True)
+    (tmp_path/'preprocessor_config.json').write_text(json.dumps(dict(image_processor_type='ViTImageProcessor') | stats))
+    with pytest.raises(ValueError, match='2 means beside the weights, which have 3 channels'): load_pretrained(tmp_path)
+
 def test_an_attention_pool_of_eva_is_refused(tmp_path):
     "It attends to all tokens, with an activation and an epsilon of its own, and nobody has published one"
     timm = pytest.importorskip('timm', reason='needs timm, which writes the folder')
@@ -1267,6 +1276,8 @@ def test_pixels_beyond_the_last_whole_patch(crop_mode, crop_pct, tmp_path):
     close(ours, x[:, :32, :32], 1e-6)
     with torch.no_grad(): close(mine(ours[None]), theirs(x[None]), 1e-5)
     assert any('img_size=32, not (38, 38) as the configuration says' in line for line in mine.report)
+    prep = _as_weights_need(dict(img_size=None, pretrained=str(tmp_path), resize='squash'))
+    assert (prep(Image.new('RGB', (61, 47), 'white')) == 255).all()               # no border
 
 @pytest.mark.parametrize('name, message', [
     ('vit_pe_core_tiny_patch16_384', 'weights of a Perception Encoder'),
@@ -1450,7 +1461,7 @@ def test_weights_to_begin_with_have_the_sizes_that_chapter_05_says(monkeypatch):
     cells = json.loads((ROOT/'nbs'/'05_pretrained.ipynb').read_text(encoding='utf-8'))['cells']
     cell = next(''.join(c['source']) for c in cells if c['id'] == 'begin002')
     monkeypatch.chdir(ROOT/'nbs')
-    made = dict(pd=pd, torch=torch, vit=vit, test_eq=lambda a, b: None)
+    made = dict(importlib=importlib, pd=pd, torch=torch, vit=vit, test_eq=lambda a, b: None)
     exec(cell, made)
     for row in made['rows']:
         with torch.device('meta'): theirs = timm.create_model(row['timm/...'])

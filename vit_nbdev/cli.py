@@ -129,7 +129,7 @@ TRAIN_EXAMPLES = """examples:
 def vit_train(
     data:str=None,        # digits (default), mnist, fashion_mnist, cifar10, a folder of folders, or a CSV file
     path:str=None,        # where the data set is (default: $VIT_NBDEV_DATA, else fastai's); of a CSV: its files
-    columns:str=None,     # of a CSV file (default: name,label,split; with no split, 15 % are set apart twice)
+    columns:str=None,     # of a CSV file (default: name,label and split; if there is none, 15 % are set apart twice)
     delim:str=None,       # of a CSV file: what stands between the labels of an image that has several
     img_size:int=None,    # side to which the images of a folder are resized (default: that of the model)
     resize:str=None,      # pictures of a folder: crop (cut out the middle, the default), squash, or pad (add a border)
@@ -145,7 +145,7 @@ def vit_train(
     lr:float=None,        # highest learning rate (default: the recipe's)
     seed:int=None,        # of the weights, the order of the images and their augmentation (default: 0)
     class_weights:store_true=False, # let each class count the same in the loss, however many images it has
-    early_stop:int=None,  # stop after so many epochs without a better one in validation, and keep the best
+    early_stop:int=None,  # stop after so many epochs without a better score in validation, and keep the best
     device:str=None,      # cpu, cuda, cuda:1 or mps (default: a GPU if there is one)
     precision:str=None,   # fp32, bf16, fp16 on a GPU, or auto: bf16 where it is faster (default: fp32)
     compile:store_true=False, # torch.compile the model: slow to start, then faster
@@ -242,7 +242,7 @@ def vit_predict(
     pretrained:store_true=False,  # load RUN as published weights: a name on the hub, a folder or a file
     top:int=1,                    # name this many classes, the likeliest first
     json:store_true=False,        # print a JSON object a line, with the probability of every class, by index
-    csv:str=None,                 # write file, class, index and probability to this table
+    csv:str=None,                 # write file, class (of several labels those of 0.5), index and probability to a table
     features:str=None,            # write the vectors that the head reads to this .npz (`features`, `files`)
     force:store_true=False,       # replace these files if they exist
     tta:store_true=False,         # take the mean over crops of each image (and mirrored ones, if it was trained so)
@@ -334,7 +334,7 @@ def vit_serve(
     max_mb:float=32.,             # largest picture, in millions of bytes
     device:str=None,              # cpu, cuda, cuda:1 or mps (default: a GPU if there is one)
 ):
-    "Open a page in the browser on which pictures are dropped, and say what a model sees in them"
+    "Serve a page on which pictures are dropped, at the address that is printed, and say what a model sees in them"
     with plain_errors('vit_serve'):
         from vit_nbdev.runs import get_device
         from vit_nbdev.serve import server

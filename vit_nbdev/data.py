@@ -180,7 +180,7 @@ def small_affine(
     max_zoom: float = 0.1,    # larger or smaller by this fraction
     max_shift: float = 0.1,   # as a fraction of the side
     elastic: float = 0.,      # standard deviation of elastic displacements, as a fraction of the side; 0: none
-    flip: bool = False,       # mirror every other image, left to right
+    flip: bool = False,       # mirror each image with a probability of 1/2
     pad_mode: str = 'zeros',  # what comes in from outside: 'zeros', 'border' or 'reflection'
 ) -> AffineCoordTfm:          # for the training batches of `DataLoaders`
     "Turn, zoom and shift each image a little, all in one resampling"
@@ -257,7 +257,7 @@ def channel_stats(
 
 # %% ../nbs/03_data.ipynb #4ca4d385
 def tensor_dls(
-    train: tuple[Tensor, Tensor],         # images `(n c h w)` uint8 and labels `(n)`
+    train: tuple[Tensor, Tensor],         # images `(n c h w)` uint8, labels `(n)` or, of several, `(n classes)`
     valid: tuple[Tensor, Tensor],         # likewise, for choosing settings
     test: tuple[Tensor, Tensor],          # likewise, to be looked at once
     vocab: list[str],                     # the classes' names
@@ -700,8 +700,7 @@ def _unreadable(files, read):
 
 def _readable(found, prep, left_out):
     "Take files that can't be read out of `found`, by reading all of them once and keeping none"
-    small = replace(prep, img_size=1, resize='squash', resize_size=None, crop_pct=1.)
-    bad = _unreadable([f for fs, _ in found.values() for f in fs], small)
+    bad = _unreadable([f for fs, _ in found.values() for f in fs], prep.in_channels)
     for split, (fs, labels) in found.items():
         found[split] = [f for f in fs if f not in bad], [c for f, c in zip(fs, labels) if f not in bad]
     _leave_out(bad, left_out)
@@ -767,7 +766,7 @@ def folder_dls(
     value_range: tuple[float, float]|None = None,  # black and white in the files, as in `Preprocessing`
     skip_bad: bool = False,               # go on without pictures that can't be read
     preprocessing: Preprocessing|None = None,  # in place of all that: as weights need it
-    stream: bool|None = None,             # read files as they are needed (chapter 03a); None: if memory is short
+    stream: bool|None = None,             # read files as needed, in random crops (03a); None: if memory is short
     **streaming,                          # `crop`, `workers` and `cache`, as in `stream_dls`
 ) -> DataLoaders:                         # as of `tensor_dls`; `describe` says what it holds
     "Images of one folder per class, in memory or streamed"

@@ -1051,14 +1051,15 @@ def check_positions(p: Probe) -> list[Finding]:
     content = [t for t in p.content if not _counts(t)] or p.content
     if p.mask is not None or not content or content[0].ndim < 2: return []
     if torch.finfo(p.out.dtype).eps > 1e-6: return []     # half precision: rounding hides too much
-    x = content[0]
+    x, one = content[0], sum(t.ndim == 2 and not t.is_floating_point() for t in tensors(p.x)) == 1
     usual = (p.elsewhere - p.out).abs().max().item()    # what other content does
     for move in _rearranged(x):
         if not usual or not differs(move(x), x).any(): continue
         out = p.run(map_tensors(lambda t: move(t) if any(t is c for c in content) else t, p.x))
         change = min((out - then).abs().max().item()/usual for then in (p.out, move(p.out)) if then.shape == out.shape)
         if change > 100*torch.finfo(out.dtype).eps: continue
-        sure = x.ndim == 4 or not x.is_floating_point()
+        # places beside tokens that are all alike count up, too
+        sure = x.ndim == 4 or not x.is_floating_point() and (one or not _counts(x))
         return [Finding('positions', 'warning' if sure else 'note', '', change,
                         'is what moving the content about does to the output, relative to other content: nothing',
                         'Are positions added, to every token its own?' if sure else

@@ -35,7 +35,8 @@ class Difference:
         return 'higher' if self.low > 0 else 'lower'
 
     def __str__(self):
-        return f'{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f}, {self.n} pairs): {self.verdict}'
+        interval = f'{self.low:+.2f} to {self.high:+.2f}, ' if self.low < self.high else ''
+        return f'{self.mean:+.2f} ({interval}{self.n} pairs): {self.verdict}'
 
 def paired(
     a,                         # one number for each seed or split
@@ -76,7 +77,7 @@ def compare(
         if len(both) < 2: continue
         d = paired(both[name], both[to], overlap=overlap)
         row['difference'] = f'{d.mean:+.2f}'
-        seen = '' if d.verdict == 'all equal' else f'{d.low:+.2f} to {d.high:+.2f}'
+        seen = f'{d.low:+.2f} to {d.high:+.2f}' if d.low < d.high else ''       # pairs without any spread tell none
         row |= {'95 % interval': seen, 'detectable': seen and f'{d.detectable:.2f}', 'verdict': d.verdict}
     return pd.DataFrame(rows).T.fillna('')
 
@@ -101,31 +102,36 @@ def answers(
     return pd.DataFrame(rows).T.fillna('')
 
 # %% ../nbs/04a_experiments.ipynb #46f0b769
+def _rows(file):
+    "Number and contents of each line of `file` that is not blank; None for the contents of a broken one"
+    text = Path(file).read_text(encoding='utf-8') if Path(file).exists() else ''
+    for i, line in enumerate(text.split('\n'), start=1):
+        if not line.strip(): continue
+        try: row = json.loads(line)
+        except json.JSONDecodeError: row = None
+        yield i, row if isinstance(row, dict) and {'name', 'seed'} <= set(row) else None
+
 def read_trials(
     file: str|Path,   # written by `trials`; it may not exist yet
 ) -> pd.DataFrame:    # a row a training; an empty one has the columns `name` and `seed`
     "The trainings that `file` holds; ValueError if a line of it is broken"
     found = []        # not by `pd.read_json`, which would make a number of the name '0.001'
-    lines = Path(file).read_text(encoding='utf-8').splitlines() if Path(file).exists() else []
-    for i, line in enumerate(lines, start=1):
-        try: row = json.loads(line)
-        except json.JSONDecodeError: row = None
-        if not isinstance(row, dict) or not {'name', 'seed'} <= set(row):
-            raise ValueError(f"{file}, line {i}, is broken: delete it, and its training is done again")
+    for i, row in _rows(file):
+        if row is None: raise ValueError(f"{file}, line {i}, is broken: delete it, and its training is done again")
         found.append(row)
     runs = pd.DataFrame(found, columns=None if found else ['name', 'seed'])
     same = [column for column in ('name', 'seed', 'setting') if column in runs]
     return runs.drop_duplicates(same, ignore_index=True)         # two processes may have done it at the same time
 
 def _done(file):
-    "Names and seeds of the lines that are whole; another process may be at the last one"
-    rows = map(json.loads, Path(file).read_text(encoding='utf-8').split('\n')[:-1])
-    return {(row['name'], row['seed']) for row in rows}
+    "Names, seeds and settings of the lines that are whole; another process may be at the last one"
+    return {(row['name'], row['seed'], row.get('setting')) for _, row in _rows(file) if row}
 
-def _end_line(file):
-    "Complain now, rather than after a training, if `file` can't be written; an editor may have left its last line open"
+def _append(file, line=''):
+    "Add a line; a last one that an editor left open gets its end. Without `line`: can the file be written at all?"
     with open(file, 'a', encoding='utf-8') as f:
-        if not ('\n' + Path(file).read_text(encoding='utf-8')).endswith('\n'): f.write('\n')
+        end = '' if ('\n' + Path(file).read_text(encoding='utf-8')).endswith('\n') else '\n'
+        f.write(end + line)
 
 # %% ../nbs/04a_experiments.ipynb #describe
 def _describe(x):
@@ -147,6 +153,17 @@ def _describe(x):
     return re.sub(r' at 0x[0-9a-f]+', '', str(x))
 
 # %% ../nbs/04a_experiments.ipynb #49f4c6aa
+def _check_settings(file, runs, now):
+    "Refuse results of other settings under the names of `now`"
+    for name, then in zip(runs.name, runs.get('setting', [None]*len(runs))):
+        if name not in now: continue
+        if not isinstance(then, str):
+            raise ValueError(f"{file} has {name!r} without its setting: delete the line, or, if you are sure that "
+                             f'it is this one, add "setting": {json.dumps(now[name])} to it')
+        if now[name] != then:
+            raise ValueError(f"{file} has {name!r} with other settings: give the new ones another name\n"
+                             f"then: {then}\nnow:  {now[name]}")
+
 def trials(
     train,             # `train(seed=seed, **setting)` gives a dict of text, numbers, tensors, arrays, lists
     settings: dict,    # name -> arguments for `train`
@@ -157,27 +174,22 @@ def trials(
     "Train each setting with each seed, except for what `file` holds already"
     from joblib import Parallel, delayed
     known, now = read_trials(file), {name: _describe(setting) for name, setting in settings.items()}
-    for name, then in zip(known.name, known.get('setting', [None]*len(known))):
-        if name not in now: continue
-        if not isinstance(then, str):
-            raise ValueError(f"{file} has {name!r} without its setting: delete the line, or, if you are sure that "
-                             f'it is this one, add "setting": {json.dumps(now[name])} to it')
-        if now[name] != then:
-            raise ValueError(f"{file} has {name!r} with other settings: give the new ones another name\n"
-                             f"then: {then}\nnow:  {now[name]}")
+    _check_settings(file, known, now)
     def one(name, seed):
-        if (name, seed) in _done(file): return       # by another process, meanwhile
+        if (name, seed, now[name]) in _done(file): return       # by another process, meanwhile
         own = dict(name=name, seed=seed, setting=now[name])
         result = own | train(seed=seed, **settings[name])
         if taken := [column for column in own if result[column] != own[column]]:
             raise ValueError(f"train gives {taken[0]!r}, a column that the ledger has itself: call it otherwise")
         line = json.dumps(result, default=lambda x: x.tolist() if hasattr(x, 'tolist') else str(x))
-        with open(file, 'a', encoding='utf-8') as f: f.write(line + '\n')
+        _append(file, line + '\n')
     done = set(zip(known.name, known.seed))
     left = [(name, seed) for seed in seeds for name in settings if (name, seed) not in done]
-    if left: _end_line(file)
+    if left: _append(file)              # complains now, rather than after a training
     Parallel(n_jobs=jobs)(delayed(one)(name, seed) for name, seed in left)
-    return read_trials(file)
+    runs = read_trials(file)
+    _check_settings(file, runs, now)    # another process may have added to it
+    return runs
 
 # %% ../nbs/04a_experiments.ipynb #23207085
 def baselines(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .preprocessing import Preprocessing
-from .report import percent, settings_table, wilson
+from .report import _trained_on, percent, settings_table, wilson
 from .runs import load_model, trained_model
 from .vit import ViT
 
@@ -156,7 +156,7 @@ def _metadata(name, config):
     "What the hub reads off the head of a card"
     from huggingface_hub import EvalResult, ModelCardData
     results = [EvalResult(task_type='image-classification', dataset_type='custom', dataset_split='test',
-                          dataset_name=config['settings']['data'], metric_type='accuracy',
+                          dataset_name=_trained_on(config['settings']), metric_type='accuracy',
                           metric_value=config['test_accuracy'])] if 'test_accuracy' in config else None
     return ModelCardData(library_name='vit_nbdev', pipeline_tag='image-classification', model_name=name,
                          tags=['vision-transformer', 'fastai'], eval_results=results).to_yaml()

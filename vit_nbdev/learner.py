@@ -34,7 +34,7 @@ from fastai.metrics import ActivationType, accuracy, accuracy_multi, skm_to_fast
 from fastai.optimizer import Optimizer
 from fastai.distributed import DistributedDL, num_distrib, rank_distrib
 from fastai.torch_core import get_model, to_detach
-from fastcore.basics import PrettyString, patch
+from fastcore.basics import PrettyString, noop, patch
 from fastcore.foundation import L
 from fastcore.xtras import ContextManagers
 from sklearn.metrics import f1_score
@@ -118,7 +118,6 @@ class ViTLearner(Learner):
                 self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         finally:                                         # after an error, too
             torch.set_num_threads(threads)               # see `Threads`
-            self.first_epoch = 0
 
     def all_batches(self):
         if self.training:      # a frozen BatchNorm keeps its statistics, too: fastai's `BnFreeze` fails without weights
@@ -146,6 +145,11 @@ class ViTLearner(Learner):
             warnings.warn("the model has one group of parameters, so nothing is frozen: pass a splitter")
 
 # %% ../nbs/04_learner.ipynb #a3f701cd
+@patch
+def _with_events(self: ViTLearner, f, event_type, ex, final=noop):
+    if event_type == 'fit': self.first_epoch = 0       # whatever became of the fit before
+    Learner._with_events(self, f, event_type, ex, final)
+
 def _no_fit(learn):
     "Is a fit no training: a search for a learning rate, or what fastai makes of a validation?"
     return hasattr(learn, 'lr_finder') or getattr(learn, 'validating', hasattr(learn, 'gather_preds'))
@@ -701,7 +705,7 @@ class Checkpoint(Callback):
         self.idle = _no_fit(self.learn)
         if self.idle: return
         _check_facts(self.facts)
-        self.learn.first_epoch, self.fits = 0, [*self.done, self.n_epoch]     # `fine_tune` has two, of 1 and n epochs
+        self.fits = [*self.done, self.n_epoch]     # `fine_tune` has two, of 1 and n epochs
         if self.file.exists(): self._go_on(load_checkpoint(self.file))
         self.start = time.perf_counter() - self.seconds
 

@@ -37,7 +37,7 @@ class RandomCrop:
     "Which part of a picture a training batch shows: as torchvision's RandomResizedCrop (Szegedy 2014)"
     scale: tuple[float, float] = (0.08, 1.)   # area, as a fraction of the picture: from, to
     ratio: tuple[float, float] = (3/4, 4/3)   # width over height: from, to
-    flip: bool = False                        # mirror every other one, left to right
+    flip: bool = False                        # mirror with a probability of 1/2, left to right
 
     def __post_init__(self):
         for name, x, most in (('scale', self.scale, 1), ('ratio', self.ratio, 100)):
@@ -55,6 +55,8 @@ class RandomCrop:
         finally: torch.set_rng_state(state)
 
 # %% ../nbs/03a_photographs.ipynb #7f474c90
+def _on_its_side(im): return im.getexif().get(0x0112) in (5, 6, 7, 8)       # a camera's note on how it was held
+
 def cropped(
     file: str|Path,     # any format that pillow reads; JPEG is decoded at a reduced scale
     prep: Preprocessing,  # how large the crop becomes, in how many channels, and how it is interpolated
@@ -65,7 +67,7 @@ def cropped(
     chosen = {}
     def draw(im):       # before it is decoded; a camera may have noted that it lies on its side
         w, h = im.size
-        if im.getexif().get(0x0112, 1) >= 5: w, h = h, w
+        if _on_its_side(im): w, h = h, w
         box, chosen['flip'] = crop.draw(h, w, seed)
         chosen['box'] = np.array(box, dtype=float)/(w, h, w, h)
         ratio = min((box[2] - box[0])/prep.img_size[1], (box[3] - box[1])/prep.img_size[0])
@@ -146,7 +148,7 @@ def sizes(self: PictureFiles, n: int = 1000) -> np.ndarray:   # height and width
     "Of files that are spread over all: what their headers say"
     def size(i):
         with Image.open(self.file(i)) as im:
-            return im.size if im.getexif().get(0x0112, 1) >= 5 else im.size[::-1]
+            return im.size if _on_its_side(im) else im.size[::-1]
     found = []
     for i in self.spread(n):
         try: found.append(size(i))
@@ -239,7 +241,7 @@ def _reduced(self: PictureCache, file):
     "The whole of a training picture, no larger than needed: `(h w c)` or `(h w)`"
     h, w = (self.MARGIN*side for side in self.prep.img_size)
     def draft(im):      # a camera may have noted that it lies on its side
-        size = (h, w) if im.getexif().get(0x0112, 1) >= 5 else (w, h)
+        size = (h, w) if _on_its_side(im) else (w, h)
         if im.format == 'JPEG' and im.mode in ('RGB', 'L'): im.draft(im.mode, tuple(map(int, size)))
     im = self.prep.in_channels(open_image(file, opened=draft))
     ratio = min(im.width/w, im.height/h)

@@ -76,7 +76,7 @@ class Preprocessing:
         "Of each class: they add up to 1, unless an image may have several"
         return logits.sigmoid() if self.several else logits.softmax(dim=-1)
 
-    def at_size(self, img_size: tuple[int, int]) -> 'Preprocessing':  # (height, width)
+    def at_size(self, img_size: int|tuple[int, int]) -> 'Preprocessing':  # (height, width)
         "For images of another size, cut out of as large a part as before"
         return _at_size(self, img_size)
 
@@ -86,75 +86,6 @@ class Preprocessing:
     def from_dict(cls, values: dict, where: str = 'preprocessing') -> 'Preprocessing':
         "Of `to_dict`, or of a run's `config.json`; `where` names the source in an error"
         return _from_dict(cls, values, where)
-
-# %% ../nbs/02a_preprocessing.ipynb #prep0018
-# longer than 40 lines: a rule for each field
-_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
-               interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
-
-def _as_tuple(name, value):
-    "Lists become tuples, and one side of a square becomes two"
-    if name in ('img_size', 'resize_size') and isinstance(value, int): return (value, value)
-    return tuple(value) if isinstance(value, list) else value
-
-def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e38
-def _is_side(x): return isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**16
-def _are(test, values, n): return isinstance(values, tuple) and len(values) == n and all(map(test, values))
-
-def _check_field(name, value, prep):
-    "Refuse a value that field `name` of `Preprocessing` can't have"
-    want, c = None, prep.in_chans
-    if name in _CHOICES:
-        if value not in _CHOICES[name]: want = 'one of ' + ', '.join(_CHOICES[name])
-        elif (value, prep.backend) == ('box', 'torch'): want = "another one with backend='torch', which has no box"
-    elif name in ('img_size', 'resize_size'):
-        if not _are(_is_side, value, 2) and (name, value) != ('resize_size', None):
-            want = 'a positive integer of pixels, or two: (height, width)'
-    elif name == 'keep':
-        if value not in ('middle', 'corner') and not _are(_is_side, value, 2):
-            want = "'middle', 'corner', or the (height, width) of a middle"
-    elif name == 'in_chans':
-        if not _is_side(value): want = 'a positive integer'
-    elif name in ('mean', 'std'):
-        if not _are(_is_number, value, c): want = f'{c} finite numbers, one for each channel (in_chans={c})'
-        elif name == 'std' and min(value, default=1) <= 0: want = 'above zero in each channel'
-    elif name == 'crop_pct':
-        good = _is_number(value) and 0.01 <= value <= min(prep.img_size)
-        if not good: want = 'a number above zero, 0.01 at least, that leaves a pixel'
-        elif value != 1 and prep.resize_size: want = f'left out, since resize_size={prep.resize_size} says the same'
-    elif name == 'scale':
-        if not _is_number(value) or value <= 0: want = 'a number above zero'
-    elif name == 'fill':
-        if value is not None and not (isinstance(value, int) and 0 <= value < 256): want = 'an integer from 0 to 255'
-    elif name == 'value_range':
-        good = value is None or _are(_is_number, value, 2) and value[0] < value[1]
-        if not good: want = 'two numbers: (black, white)'
-    elif name in ('antialias', 'several'):
-        if not isinstance(value, bool): want = 'True or False'
-        elif (name, value, prep.backend) == ('antialias', False, 'pillow'):
-            want = "True with backend='pillow', which always averages"
-    elif name == 'labels':
-        if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value): want = 'a list of strings'
-    if want: raise ValueError(f"{name}={value!r} must be {want}")
-
-# %% ../nbs/02a_preprocessing.ipynb #prep0040
-def _from_dict(cls, values, where):
-    "`Preprocessing` of a dict; what is wrong is named together with its source"
-    if not isinstance(values, dict): raise ValueError(f"{where} is {type(values).__name__}, expected a dict of fields")
-    known = [f.name for f in fields(cls)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{where} has unknown fields {', '.join(map(str, unknown))}; known: {', '.join(known)}")
-    if missing := [name for name in ('img_size', 'mean', 'std') if name not in values]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
-    try: return cls(**values)
-    except ValueError as e: raise ValueError(f"{where}: {e}") from None
-
-def _at_size(prep, img_size):
-    "`prep` for another size, with all that is told in pixels in proportion"
-    in_pixels = {k: x for k in ('resize_size', 'keep') if isinstance(x := getattr(prep, k), tuple)}
-    for k, sides in in_pixels.items():
-        in_pixels[k] = tuple(round(x*new/old) for x, new, old in zip(sides, img_size, prep.img_size))
-    return replace(prep, img_size=img_size, **in_pixels)
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0013
 def _resized(prep, h, w):
@@ -212,6 +143,77 @@ def _statistics(prep, x):
     "Mean and standard deviation, shaped and placed like the channels of `x`"
     kind = dict(dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
     return [torch.tensor(values, **kind).view(-1, 1, 1) for values in (prep.mean, prep.std)]
+
+# %% ../nbs/02a_preprocessing.ipynb #prep0018
+# longer than 40 lines: a rule for each field
+_CHOICES = dict(resize=('crop', 'squash', 'border', 'none'), backend=('pillow', 'torch'),
+               interpolation=('nearest', 'bilinear', 'bicubic', 'lanczos', 'box'))
+
+def _as_tuple(name, value):
+    "Lists become tuples, and one side of a square becomes two"
+    if name in ('img_size', 'resize_size') and isinstance(value, int): return (value, value)
+    return tuple(value) if isinstance(value, list) else value
+
+def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e38
+def _is_side(x): return isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 2**16
+def _are(test, values, n): return isinstance(values, tuple) and len(values) == n and all(map(test, values))
+
+def _check_field(name, value, prep):
+    "Refuse a value that field `name` of `Preprocessing` can't have"
+    want, c = None, prep.in_chans
+    if name in _CHOICES:
+        if value not in _CHOICES[name]: want = 'one of ' + ', '.join(_CHOICES[name])
+        elif (value, prep.backend) == ('box', 'torch'): want = "another one with backend='torch', which has no box"
+    elif name in ('img_size', 'resize_size'):
+        if not _are(_is_side, value, 2) and (name, value) != ('resize_size', None):
+            want = 'a positive integer of pixels, or two: (height, width)'
+    elif name == 'keep':
+        large = _are(_is_side, value, 2) and all(a >= b for a, b in zip(value, prep.img_size))
+        if value not in ('middle', 'corner') and not large:
+            want = f"'middle', 'corner', or the (height, width) of a middle, at least {prep.img_size}"
+    elif name == 'in_chans':
+        if not _is_side(value): want = 'a positive integer'
+    elif name in ('mean', 'std'):
+        if not _are(_is_number, value, c): want = f'{c} finite numbers, one for each channel (in_chans={c})'
+        elif name == 'std' and min(value, default=1) <= 0: want = 'above zero in each channel'
+    elif name == 'crop_pct':
+        good = _is_number(value) and 0.01 <= value <= min(prep.img_size)
+        if not good: want = 'a number above zero, 0.01 at least, that leaves a pixel'
+        elif value != 1 and prep.resize_size: want = f'left out, since resize_size={prep.resize_size} says the same'
+    elif name == 'scale':
+        if not _is_number(value) or value <= 0: want = 'a number above zero'
+    elif name == 'fill':
+        if value is not None and not (isinstance(value, int) and 0 <= value < 256): want = 'an integer from 0 to 255'
+    elif name == 'value_range':
+        good = value is None or _are(_is_number, value, 2) and value[0] < value[1]
+        if not good: want = 'two numbers: (black, white)'
+    elif name in ('antialias', 'several'):
+        if not isinstance(value, bool): want = 'True or False'
+        elif (name, value, prep.backend) == ('antialias', False, 'pillow'):
+            want = "True with backend='pillow', which always averages"
+    elif name == 'labels':
+        if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value): want = 'a list of strings'
+    if want: raise ValueError(f"{name}={value!r} must be {want}")
+
+# %% ../nbs/02a_preprocessing.ipynb #prep0040
+def _from_dict(cls, values, where):
+    "`Preprocessing` of a dict; what is wrong is named together with its source"
+    if not isinstance(values, dict): raise ValueError(f"{where} is {type(values).__name__}, expected a dict of fields")
+    known = [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{where} has unknown fields {', '.join(map(str, unknown))}; known: {', '.join(known)}")
+    if missing := [name for name in ('img_size', 'mean', 'std') if name not in values]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    try: return cls(**values)
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+
+def _at_size(prep, img_size):
+    "`prep` for another size, with all that is told in pixels in proportion"
+    img_size = _as_tuple('img_size', img_size)
+    in_pixels = {k: x for k in ('resize_size', 'keep') if isinstance(x := getattr(prep, k), tuple)}
+    for k, sides in in_pixels.items():
+        in_pixels[k] = tuple(round(x*new/old) for x, new, old in zip(sides, img_size, prep.img_size))
+    return replace(prep, img_size=img_size, **in_pixels)
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0016
 def is_special(path: str|Path) -> bool:
@@ -302,7 +304,7 @@ def timm_preprocessing(
     cfg: dict,                  # `pretrained_cfg` of timm
     where: str = 'config.json', # named in errors
 ) -> Preprocessing:
-    "What timm's `create_transform` does when it evaluates a model"
+    "What timm does when it evaluates a model (its `resolve_data_config` and `create_transform`)"
     for name in ('input_size', 'mean', 'std'):
         if cfg.get(name) is None: raise ValueError(f"{where} lacks {name}, so it does not say how images are prepared")
     modes = dict(center='crop', squash='squash', border='border')
@@ -310,7 +312,7 @@ def timm_preprocessing(
     if mode not in modes: raise ValueError(f"{where}: crop_mode={mode!r} must be one of {', '.join(modes)}")
     return Preprocessing.from_dict(dict(
         img_size=list(cfg['input_size'][1:]), in_chans=c, mean=cfg['mean'], std=cfg['std'], resize=modes[mode],
-        crop_pct=cfg.get('crop_pct') or 0.875, interpolation=cfg.get('interpolation') or 'bilinear'), where)
+        crop_pct=cfg.get('crop_pct') or 0.875, interpolation=cfg.get('interpolation') or 'bicubic'), where)
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0022
 def torchvision_preprocessing(

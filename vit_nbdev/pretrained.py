@@ -142,7 +142,7 @@ _PATCHES, _PATCH = 'embeddings.patch_embeddings.projection.weight', 'embeddings.
 _NORM = 'blocks.0.norm1.weight'
 ORIGINS = dict(   # the mark among the names (`also`: another one beside it), and what the weights don't say
     vit_nbdev=_origin('encoder.blocks.0.norm1.weight', {}, 1e-6, 'bicubic_antialias', _HALF, 'bilinear', 1.,
-                      also=('cls_token',)),
+                      also=('cls_token', 'registers')),
     dinov3=_origin(_NORM, FACEBOOK, 1e-5, 'bicubic_antialias', _IMAGENET, 'bicubic', 1., also=('storage_tokens',)),
     dinov2=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_offset', _IMAGENET, 'bicubic', 224/256, also=('mask_token',)),
     timm=_origin(_NORM, FACEBOOK, 1e-6, 'bicubic_antialias', _HALF, 'bicubic', 0.9),
@@ -177,7 +177,8 @@ def _from_naflex(w):
     "In place: timm's NaFlex has patches as rows of pixels, and positions as a grid, or as rows' and columns'"
     kernel = w['embeds.proj.weight']
     p = math.isqrt(kernel.shape[1]//3)
-    if 3*p*p != kernel.shape[1]: raise _variant(f'patches of {kernel.shape[1]} numbers, no squares of three channels')
+    if kernel.dim() != 2 or 3*p*p != kernel.shape[1]:
+        raise _variant(f'patches of {kernel.shape[1]} numbers, no squares of three channels')
     w['embeds.proj.weight'] = kernel.reshape(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
     if 'embeds.pos_embed_y' in w:
         w['embeds.pos_embed'] = w.pop('embeds.pos_embed_y')[:, :, None] + w.pop('embeds.pos_embed_x')[:, None]
@@ -786,6 +787,8 @@ def _preprocessing(origin, facts, old, new, changes):
             x = usual[k] if isinstance(usual[k], tuple) else (usual[k],)
             usual[k] = tuple(float(x[i % len(x)]) for i in range(old.in_chans))
         prep = Preprocessing(new.img_size, in_chans=old.in_chans, **usual)
+    if prep.in_chans not in (1, 3, old.in_chans):
+        raise ValueError(f"there are {prep.in_chans} means beside the weights, which have {old.in_chans} channels")
     if prep.in_chans != new.in_chans:
         stats = {k: getattr(prep, k) for k in ('mean', 'std')}
         for k, x in stats.items():

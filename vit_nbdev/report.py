@@ -333,7 +333,7 @@ def save_samples(folder: Path, images: Tensor, targets: Tensor, labels: list[str
 SETTINGS = ('img_size', 'delim', 'class_weights', 'resize', 'value_range', 'pretrained', 'freeze', 'freeze_epochs',
             'layer_decay', 'cutmix', 'early_stop', 'tta', 'stream', 'cache')   # said if given
 
-def _data_name(s):
+def _trained_on(s):
     "Of a data set its name, of a folder or a table its own"
     return Path(s['path']).resolve().name if s['data'] == 'folder' and s.get('path') else s['data']
 
@@ -351,7 +351,8 @@ def settings_table(
     names |= {name.replace('_', ' '): name for name in SETTINGS if s.get(name)}
     def said(value): return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value or 'off'
     rows = {title: said(s[name]) for title, name in names.items()}
-    rows |= {'data': _data_name(s), 'augmentation': augment or 'as usual', 'changed in the model': changes or 'nothing',
+    rows |= {'data': _trained_on(s), 'augmentation': augment or 'as usual',
+             'changed in the model': changes or 'nothing',
              'seed': s['seed'], 'parameters': f"{config['parameters']:,}",
              'device': config['device'], 'processes': config['processes'],
              'seconds': f"{config['seconds']:,.0f}", 'images per second': f"{config['images_per_second']:,.0f}"}
@@ -407,7 +408,7 @@ def write_report(
         data = base64.b64encode((folder/f'{name}.png').read_bytes()).decode()
         return dict(title=title, note=note, src=f'data:image/png;base64,{data}')
     pictures = [picture(name, *words) for name, words in notes.items() if (folder/f'{name}.png').is_file()]
-    page = fill_page('report.html', title=f"{config['settings']['model']} on {_data_name(config['settings'])}",
+    page = fill_page('report.html', title=f"{config['settings']['model']} on {_trained_on(config['settings'])}",
                      headline=headline, summary=summary + about, pictures=pictures, classes=_class_table(results),
                      about_classes=_EACH_LABEL if several else _EACH_CLASS, settings=settings_table(config))
     (folder/'report.html').write_text(page, encoding='utf-8', errors='backslashreplace')

@@ -308,7 +308,8 @@ def _as_weights_need(settings):
     size = dict(img_size=settings['img_size']) if settings['img_size'] else {}
     with redirect_stdout(io.StringIO()):      # what it says is said once more when the learner is built
         prep = load_pretrained(settings['pretrained'], **size).preprocessing
-    if settings.get('resize'): prep = replace(prep, resize=settings['resize'], resize_size=None, crop_pct=1.)
+    if settings.get('resize'):
+        prep = replace(prep, resize=settings['resize'], resize_size=None, crop_pct=1., keep='middle')
     if settings.get('value_range'): prep = replace(prep, value_range=settings['value_range'])
     return prep
 
@@ -1034,7 +1035,8 @@ def predictions(
     workers: int|None = None,  # threads that decode; default: one a core, 8 at most
     features: bool = False,  # add `features`: the vector that the head reads, as an array `(dim)`
     tta: bool = False,       # probabilities are the mean over several `views`, mirrored ones if the run had --flip
-) -> Iterator[dict]:         # `file`, `class`, `index`, `probability` and `probabilities` by index; or `file`, `error`
+) -> Iterator[dict]:         # `file`, `class`, `index`, `probability` and `probabilities` by index, of several labels
+                             # also `classes` (of 0.5 and more), `features` if asked for; or `file` and `error`
     "What a model sees in images, one after the other; it keeps none, so a folder may be as large as it likes"
     check_positive(bs=bs, workers=1 if workers is None else workers)
     model, prep, pairs = _ready(run, images, device, features)
