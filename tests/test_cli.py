@@ -65,17 +65,21 @@ def beside(recipe):
     machine, net = 'support vector machine (RBF)', 'a small CNN'
     rows = {'digits': [('baselines', f'digits, {machine}'), ('baselines', 'digits, CNN')],
             'mnist-quick': [('baselines', f'mnist, {machine}'), ('baselines', 'mnist, four epochs, CNN')],
-            'mnist': [('baselines', f'mnist, {machine}')]}
+            'mnist': [('baselines', f'mnist, {machine}'), ('record', 'record, deeper stem, no block')]}
     rows |= {data: [('other', f'{data}, {method}') for method in (machine, 'CNN')]
              for data in ('fashion_mnist', 'cifar10')}
     rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'),
                           [('few', 'support vector machine on pixels, 100'), ('few', 'CNN, 100, 32 epochs')])
     ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []
+    ledgers['record'] = study('mnist_record').assign(accuracy=lambda r: r.test)
     for ledger, name in rows[recipe]:
         found = ledgers[ledger][lambda r: r.name == name].accuracy
         spread = f' ± {found.std():.2f}' if len(found) > 1 else ''
         what = 'a support vector machine' if 'support vector machine' in name else net
         part = ' (10,000 of the images)' if name == f'cifar10, {machine}' else ''
+        if ledger == 'record':
+            what, share = 'the same without blocks', ledgers[ledger].set_index('name').params[name].iloc[0]/ours(recipe)
+            part = f' ({100*share:.0f} % of the parameters)'
         if recipe in ('mnist-quick', 'fashion_mnist', 'cifar10') and 'CNN' in name:
             size = 'parameters' if ledger == 'baselines' else 'params'
             share = ledgers[ledger].set_index('name')[size][name].iloc[0]/ours(recipe)
