@@ -118,6 +118,7 @@ class ViTLearner(Learner):
                 self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         finally:                                         # after an error, too
             torch.set_num_threads(threads)               # see `Threads`
+            self.first_epoch = 0
 
     def all_batches(self):
         if self.training:      # a frozen BatchNorm keeps its statistics, too: fastai's `BnFreeze` fails without weights
