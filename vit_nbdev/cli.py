@@ -242,7 +242,7 @@ def vit_predict(
     pretrained:store_true=False,  # load RUN as published weights: a name on the hub, a folder or a file
     top:int=1,                    # name this many classes, the likeliest first
     json:store_true=False,        # print a JSON object a line, with the probability of every class, by index
-    csv:str=None,                 # write file, class (of several labels those of 0.5), index and probability to a table
+    csv:str=None,                 # write file, class (or all labels from 0.5 on), index and probability to a table
     features:str=None,            # write the vectors that the head reads to this .npz (`features`, `files`)
     force:store_true=False,       # replace these files if they exist
     tta:store_true=False,         # take the mean over crops of each image (and mirrored ones, if it was trained so)

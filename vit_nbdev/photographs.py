@@ -218,7 +218,7 @@ class PictureCache:
         _claim(self.folder, _of_pixels(preprocessing))
 
     def read(self, file: Path, crop: RandomCrop|None, seed: int) -> Tensor:  # -> `(c h w)`
-        "As `Preprocessing` and `cropped` read it"
+        "As `Preprocessing` reads it; a crop is drawn in the reduced picture, so it is another one than `cropped` draws"
         if crop is None: return torch.from_numpy(np.array(self.get(file, 'whole', lambda: self.prep(file).numpy())))
         pixels = self.get(file, 'reduced', lambda: self._reduced(file))
         return _cut_out(pixels, *crop.draw(*pixels.shape[:2], seed), self.prep)
@@ -361,7 +361,7 @@ def _pictures(files, prep, cache=None):
 def _words(crop):
     if crop is None: return 'whole'
     low, high = (f'{x:.0%}' for x in crop.scale)
-    return f"random crops of {low} to {high} of their area{', every other one mirrored' if crop.flip else ''}"
+    return f"random crops of {low} to {high} of their area{', half of them mirrored' if crop.flip else ''}"
 
 # %% ../nbs/03a_photographs.ipynb #8fa12713
 class PictureRows(PictureFiles):

@@ -130,7 +130,7 @@ def _names(target, labels):
 
 # %% ../nbs/08_report.ipynb #d0caca59
 def plot_curves(
-    train_losses: list[float],  # after each epoch
+    train_losses: list[float],  # after each epoch: fastai's running mean, over about the last 50 batches
     valid_losses: list[float],  # likewise
     scores: list[float],        # on the validation split, from 0 to 1
     *others: list[float],       # more metrics, which are not drawn
