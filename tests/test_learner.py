@@ -25,7 +25,7 @@ from torch import nn
 
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
 from vit_nbdev.learner import (EMA, RECIPES, Checkpoint, HeadFirst, KeepBest, Threads, _judge, _left_over,
-                               _random_states, _set_random_states, adamw, head_groups, load_checkpoint, normalise_as,
+                               _random_states, _set_random_states, adamw, head_groups, load_checkpoint, muon, normalise_as,
                                vit_groups, vit_learner, weighted_loss)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
@@ -201,12 +201,13 @@ class Stop(Callback):
     def before_batch(self):
         if self.training and (self.fits, self.epoch) == self.at: raise InterruptedError('stopped')
 
+@pytest.mark.parametrize('opt_func', [adamw, muon])
 @pytest.mark.parametrize('at', [(1, 1), (2, 0), (2, 1)])
-def test_fine_tune_survives(at, some_digits, tmp_path):
+def test_fine_tune_survives(at, opt_func, some_digits, tmp_path):
     "Interrupted in its first fit or in its second: the same weights"
     def tune(file, *cbs):
         set_seed(0)
-        learn = quick(some_digits(), EMA(0.9), Checkpoint(file), *cbs)
+        learn = quick(some_digits(), EMA(0.9), Checkpoint(file), *cbs, opt_func=opt_func)
         learn.fine_tune(2, 3e-3, freeze_epochs=2)
         return learn
     whole = tune(tmp_path/'whole.pt')
@@ -487,6 +488,68 @@ def test_the_optimiser_begins_anew_with_positions_of_another_shape():
     step(model, opt, 16)
     assert torch.equal(model.pos_embed, other.pos_embed) and not torch.equal(model.head.weight, other.head.weight)
     assert opt.state[model.pos_embed]['step'] == 1 and opt.state[model.head.weight]['step'] == 3
+
+# --- Muon ---
+
+def test_a_step_of_muon_is_along_the_singular_directions():
+    "In float64, by the decomposition: all directions of the average are moved about equally far, the weak ones, too"
+    torch.manual_seed(0)
+    model = vit('digits', depth=2, stem='conv', stem_depth=2, mlp_ratio=3, n_classes=10).double()
+    opt, before = muon(vit_groups(model), lr=0.1, wd=0.), {k: p.detach().clone() for k, p in model.named_parameters()}
+    for p in model.parameters(): p.grad = torch.randn_like(p)
+    for kernel in (p for p in model.parameters() if p.ndim in (2, 4)): kernel.grad.flatten(1)[0] *= 20
+    opt.step()
+    n = 0
+    for name, p in model.named_parameters():
+        step = before[name] - p.detach()
+        if not opt.state[p].get('muon'):                   # Adam's first step is the sign, but for its epsilon
+            assert torch.allclose(step, 0.1*p.grad/(p.grad.abs() + 1e-5), rtol=1e-6), name
+            continue
+        n, step = n + 1, step.flatten(1)
+        u, _, v = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+        values = torch.linalg.svdvals(step)/(0.1*0.2*max(step.shape)**0.5)
+        assert 0.6 < values.quantile(0.05) and values.max() < 1.3, name      # but for one that is next to zero
+        assert nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.96, name
+    assert n == 2*4 + 2                        # the blocks' matrices, and all kernels but the first
+
+def test_muon_obeys_groups_and_rates(some_digits):
+    "What is frozen stays; the rate of each group is its own; a matrix without a gradient is left out"
+    learn = quick(some_digits(), opt_func=muon, layer_decay=0.5)
+    model = learn.model
+    learn.create_opt()
+    learn.opt.set_hyper('wd', 0.)
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    held = model.encoder.blocks[1].mlp.fc1.weight
+    held.grad, before = None, [b.attn.proj.weight.detach().clone() for b in model.encoder.blocks]
+    kept = held.detach().clone()
+    learn.opt.step()
+    steps = [(b.attn.proj.weight.detach() - x).norm().item() for b, x in zip(model.encoder.blocks, before)]
+    assert steps == pytest.approx([steps[0]*2**i for i in range(len(steps))], rel=1e-3) and torch.equal(held, kept)
+    learn.freeze()
+    before = weights(learn)
+    for p in model.parameters(): p.grad = torch.ones_like(p) if p.requires_grad else None
+    learn.opt.step()
+    head = sum(p.numel() for p in [*model.encoder.norm.parameters(), *model.head.parameters()])
+    assert torch.equal(before[:-head], weights(learn)[:-head])
+
+def test_muon_and_adamw_after_the_state_is_cleared(some_digits):
+    "fastai clears an optimizer's state before a fit: who moves by which rule stays"
+    learn = quick(some_digits(), opt_func=muon)
+    learn.create_opt()
+    marks = [learn.opt.state[p].get('muon') for p in learn.model.parameters()]
+    learn.fit(1)
+    learn.opt.clear_state()
+    assert [learn.opt.state[p].get('muon') for p in learn.model.parameters()] == marks and sum(map(bool, marks)) == 16
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(some_digits, tmp_path):
+    set_seed(0)
+    with pytest.raises(InterruptedError): quick(some_digits(), Checkpoint(tmp_path/'c.pt'), Stop(1, 1)).fit(2)
+    with pytest.raises(ValueError, match=r'c\.pt.*marks are not'):
+        quick(some_digits(), Checkpoint(tmp_path/'c.pt'), opt_func=muon).fit(2)
+
+def test_an_optimizer_that_there_is_not():
+    with pytest.raises(ValueError, match="no optimizer 'sgd': choose from adamw, muon"):
+        replace(RECIPES['digits'], opt='sgd').learner(digits_dls(device='cpu'))
 
 @pytest.mark.parametrize('changes', [{}, dict(pool='map', n_registers=3), dict(layer_scale=1e-5, pool='cls')])
 def test_summary_counts_every_parameter(changes, some_digits):

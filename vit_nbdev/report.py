@@ -341,12 +341,12 @@ def settings_table(
     config: dict,  # the contents of a run's `config.json`
 ) -> dict:         # titles and values
     "What was trained and how, in the order in which it is read"
-    s = config['settings']
+    s = dict(opt='adamw') | config['settings']
     changes, augment = (', '.join(f'{k}={v}' for k, v in (s[name] or {}).items()) for name in ('changes', 'augment'))
     versions = ', '.join(f'{k} {v}' for k, v in config['versions'].items())
     names = {'data': 'data', 'recipe': 'recipe', 'model': 'model', 'epochs': 'epochs', 'batch size': 'bs',
-             'learning rate': 'lr', 'weight decay': 'wd', 'label smoothing': 'label_smoothing', 'EMA': 'ema',
-             'mixup': 'mixup', 'clip': 'clip', 'augmentation': 'augment', 'erase': 'erase',
+             'learning rate': 'lr', 'optimizer': 'opt', 'weight decay': 'wd', 'label smoothing': 'label_smoothing',
+             'EMA': 'ema', 'mixup': 'mixup', 'clip': 'clip', 'augmentation': 'augment', 'erase': 'erase',
              'RandAugment': 'rand_augment', 'precision': 'precision', 'compiled': 'compile'}
     names |= {name.replace('_', ' '): name for name in SETTINGS if s.get(name)}
     def said(value): return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value or 'off'

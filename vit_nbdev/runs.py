@@ -47,7 +47,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, five_crop, r
 
 from . import __version__
 from .interpret import METHODS, _evaluating, _names_classes, explore, fill_page, show_attention
-from .learner import RECIPES, Checkpoint, Recipe, _no_fit, deal, load_checkpoint, whole_file
+from .learner import OPTIMIZERS, RECIPES, Checkpoint, Recipe, _no_fit, deal, load_checkpoint, whole_file
 from .photographs import _readers
 from .preprocessing import Preprocessing, open_image
 from .pretrained import _place, load_pretrained
@@ -124,13 +124,13 @@ def _choose_recipe(data, path, recipe):
 # %% ../nbs/09_runs.ipynb #run00007
 def _settings(data, path, recipe, model, epochs, bs, lr, seed, img_size, precision, compile, flip, class_weights,
               pretrained, freeze, freeze_epochs, layer_decay, wd, mixup, cutmix, rand_augment, early_stop, tta,
-              log, **read):
+              log, opt, **read):
     "All that defines a run, checked, as words and numbers: the recipe with what was changed in it, and the rest"
     recipe = _finetuned(data, recipe, model, pretrained, freeze)
     name, path = _choose_recipe(data, path, recipe)
     changed = dict(model=model, epochs=epochs, bs=bs, lr=lr, pretrained=pretrained, freeze=freeze,
                    freeze_epochs=freeze_epochs, layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix,
-                   rand_augment=rand_augment, early_stop=early_stop, class_weights=class_weights)
+                   rand_augment=rand_augment, early_stop=early_stop, class_weights=class_weights, opt=opt)
     changed = {k: v for k, v in changed.items() if v is not None}
     if model is not None or pretrained: changed['changes'] = {}     # they belong to the recipe's own model
     if pretrained: changed['model'] = Path(pretrained).name
@@ -278,6 +278,8 @@ def _check_settings(s):
         raise ValueError("--freeze_epochs trains the head first, upon trained weights: name them with --pretrained")
     if s['freeze_epochs'] and (s['freeze'] or s['freeze_epochs'] >= s['epochs']):
         raise ValueError("--freeze_epochs leaves no epoch for the rest of the model: choose fewer, or --freeze alone")
+    if s['opt'] not in OPTIMIZERS:
+        raise ValueError(f"no optimizer {s['opt']!r}: choose from {', '.join(OPTIMIZERS)}")
     if s['log'] not in LOGS: raise ValueError(f"log {s['log']!r} is not known: use {', '.join(LOGS)}")
     if s['precision'] not in ('fp32', 'bf16', 'fp16', 'auto'):
         raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16, fp16 or auto")
@@ -461,7 +463,7 @@ def _moved(data, path, pictures, settings):
 
 def _checked_facts(file):
     "The settings in a checkpoint; ValueError if they can't be those of a run"
-    settings = load_checkpoint(file)['facts']
+    settings = dict(opt='adamw') | load_checkpoint(file)['facts']     # it may be older than the choice
     try: _check_settings(settings)
     except (TypeError, ValueError) as e: raise ValueError(f"{file} is damaged: its settings are no run's ({e})") from e
     return settings
@@ -852,6 +854,7 @@ def train(
     epochs: int|None = None,     # how often each training image is seen; fine-tuning: more where images are few
     bs: int|None = None,         # images in a batch, over all processes
     lr: float|None = None,       # highest learning rate of the one-cycle schedule
+    opt: str|None = None,        # 'adamw' or 'muon'; default as in the recipe
     seed: int|None = None,       # of the weights, the order of the images and their augmentation; default 0
     device: str|None = None,     # 'cpu', 'cuda', 'cuda:1', 'mps'; default: a GPU if there is one
     img_size: int|None = None,   # side that the images of a folder are resized to; default: that of the model
@@ -885,7 +888,7 @@ def train(
     if path is not None and _is_table(data): path, pictures = None, os.path.abspath(path)
     given = dict(data=data, path=None if path is None else str(path), pictures=pictures, columns=columns, delim=delim,
                  recipe=recipe, model=model, epochs=epochs, bs=bs, lr=lr,
-                 seed=seed, img_size=img_size, precision=precision, compile=compile, flip=flip,
+                 opt=opt, seed=seed, img_size=img_size, precision=precision, compile=compile, flip=flip,
                  class_weights=class_weights, resize=resize, value_range=_two_numbers(value_range),
                  skip_bad=skip_bad or None, pretrained=_where(pretrained), freeze=freeze,
                  freeze_epochs=freeze_epochs, layer_decay=layer_decay, wd=wd, mixup=mixup, cutmix=cutmix,
