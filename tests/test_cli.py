@@ -48,7 +48,7 @@ def test_train_leaves_a_whole_run(trained):
     assert [int(r['epoch']) for r in rows] == list(range(8))
     assert config['test_accuracy'] > 0.85 and config['settings']['epochs'] == 8
     assert f"test accuracy: {config['test_accuracy']:.2%}".replace('%', ' %') + ' (n=360)' in out
-    assert '1,257 images to train, 180 to validate, 360 to test' in out and '140,554 parameters' in out
+    assert '1,257 images to train, 180 to validate, 360 to test' in out and '107,082 parameters' in out
     for name in ('curves', 'confusion', 'predictions'):
         # something is drawn
         with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10
@@ -63,7 +63,7 @@ def beside(recipe):
     "What the ledgers have for the cheapest methods on the same images"
     cheap, small = study('other_images').rename(columns=dict(test='accuracy')), study('fine_tuning')
     machine, net = 'support vector machine (RBF)', 'a small CNN'
-    rows = {'digits': [('baselines', f'digits, {machine}'), ('baselines', 'digits, CNN')],
+    rows = {'digits': [('baselines', f'digits, {machine}'), ('baselines', 'digits, Muon, CNN')],
             'mnist-quick': [('baselines', f'mnist, {machine}'), ('baselines', 'mnist, four epochs, CNN')],
             'mnist': [('baselines', f'mnist, {machine}'), ('record', 'record, deeper stem, no block')]}
     rows |= {data: [('other', f'{data}, {method}') for method in (machine, 'CNN')]
@@ -94,11 +94,12 @@ def test_recipes_say_what_was_measured():
     assert sorted(quick.seed) == list(range(5)) and all(f'epochs: {recipe.epochs}' in s for s in quick.setting)
     accuracy, seconds = f'{quick.accuracy.mean():.2f} ± {quick.accuracy.std():.2f} %', quick.seconds.median()
     assert recipe.measured == f'{accuracy} (5 seeds), {seconds:.0f} s of one CPU thread' + beside('mnist-quick')
-    digits = study('baselines').query('name == "digits, ViT of vit_train"')
-    trained = '{bs: 64, changes: {stem: conv}, data: digits, epochs: 100, model: digits}'
+    digits = study('baselines').query('name == "digits, Muon, ViT of vit_train"')
+    trained = '{bs: 64, changes: {depth: 3, stem: conv}, data: digits, epochs: 60, lr: 0.006, model: digits, opt: muon}'
     assert sorted(digits.seed) == list(range(10)) and all(trained in s for s in digits.setting)
     recipe = RECIPES['digits']
-    assert recipe == Recipe('digits', 'digits', 100, 64, changes=dict(stem='conv'), measured=recipe.measured)
+    wanted = Recipe('digits', 'digits', 60, 64, 6e-3, dict(stem='conv', depth=3), opt='muon')
+    assert replace(recipe, measured='') == wanted
     accuracy = f'{digits.accuracy.mean():.2f} ± {digits.accuracy.std():.2f} %'
     seconds = f'{digits.seconds.median():.0f} s of one CPU thread'
     assert RECIPES['digits'].measured == f'{accuracy} (10 splits), {seconds}' + beside('digits')
@@ -293,6 +294,7 @@ BAD_TRAIN = {
     'recipe and data':   (dict(recipe='mnist', data='digits'), "the recipe 'mnist' is for mnist, not digits"),
     'recipe of a folder': (dict(recipe='folder'), "the recipe 'folder' needs --data"),
     'precision':         (dict(precision='fp8'), "precision 'fp8' is not known: use fp32, bf16, fp16 or auto"),
+    'optimizer':         (dict(opt='sgd'), "no optimizer 'sgd': choose from adamw, muon"),
     'fp16 on a CPU':     (dict(precision='fp16'), 'fp16 needs a GPU, the device is cpu: use fp32, bf16 or auto'),
     'resume nothing':    (dict(resume='nowhere'), 'there is no unfinished run nowhere.part'),
     'loss explodes':     (dict(lr=1e30),

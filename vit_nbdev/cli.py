@@ -143,7 +143,7 @@ def vit_train(
     epochs:int=None,      # how often each training image is seen (default: the recipe's; fine-tuned: 120 steps or more)
     bs:int=None,          # images in a batch, over all processes (default: the recipe's)
     lr:float=None,        # highest learning rate (default: the recipe's)
-    opt:str=None,         # adamw, or muon, which needs fewer epochs from scratch (default: the recipe's)
+    opt:str=None,         # adamw or muon (default: the recipe's, whose rate and epochs stay if you give none)
     seed:int=None,        # of the weights, the order of the images and their augmentation (default: 0)
     class_weights:store_true=False, # let each class count the same in the loss, however many images it has
     early_stop:int=None,  # stop after so many epochs without a better score in validation, and keep the best

@@ -749,7 +749,7 @@ def _describe(say, s, r, dls, learn, device):
         f"dim {c.dim}, depth {c.depth}, {c.n_heads} heads, {parameters:,} parameters")
     less = f', layer decay {r.layer_decay}'*bool(r.layer_decay) + ', the head alone'*r.freeze
     if r.freeze_epochs: less += f', the head alone in the first {r.freeze_epochs}'
-    say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, learning rate {r.lr}{less}, "
+    say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, {r.opt}, learning rate {r.lr}{less}, "
         f"seed {s['seed']}")
     say(f"device  {device}{threads}{processes}")
     if s['recipe'] == 'folder' and not r.pretrained and (each := sizes[0]//c.n_classes) < _FEW:
