@@ -270,7 +270,8 @@ def test_the_best_epoch_is_kept(tmp_path, few_digits):
     assert stopped.validate()[1] == max(scores[:first])[0]
 
 def test_a_run_that_stops_early_says_so(tmp_path, capsys, few_digits, no_pictures):
-    out = train(epochs=8, lr=0.05, early_stop=1, cutmix=0.5, rand_augment=3, seed=0, device='cpu', out=tmp_path/'run')
+    out = train(epochs=8, lr=0.05, opt='adamw', early_stop=1, cutmix=0.5, rand_augment=3, seed=0, device='cpu',
+                out=tmp_path/'run')
     config = json.loads((out/'config.json').read_text())
     rows = [[float(r['accuracy']), -float(r['valid_loss'])] for r in csv.DictReader((out/'metrics.csv').open())]
     assert config['epochs_trained'] == len(rows) and config['best_epoch'] == rows.index(max(rows)) + 1
