@@ -575,14 +575,16 @@ class Recipe:
             if isinstance(cb, MixHandler): cb.stack_y = False    # wanted where no epoch is left, too
         return made + best
 
+    def opt_func(self):            # for the `opt_func` of a learner
+        if self.opt in OPTIMIZERS: return OPTIMIZERS[self.opt]
+        raise ValueError(f"no optimizer {self.opt!r}: choose from {', '.join(OPTIMIZERS)}")
+
     def config(self, dls: DataLoaders) -> ViTConfig:   # of the model for these images
         return vit_config(self.model, **_images(dls) | self.changes)
 
     def learner(self, dls: DataLoaders, cbs=(), **kwargs) -> ViTLearner:  # other arguments as for `vit_learner`
         model = None if self.pretrained else ViT(self.config(dls))
-        if self.opt not in OPTIMIZERS:
-            raise ValueError(f"no optimizer {self.opt!r}: choose from {', '.join(OPTIMIZERS)}")
-        kwargs = dict(opt_func=OPTIMIZERS[self.opt]) | kwargs
+        kwargs = dict(opt_func=self.opt_func()) | kwargs
         if self.class_weights: kwargs = dict(loss_func=weighted_loss(dls, self.label_smoothing)) | kwargs
         learn = vit_learner(dls, model, lr=self.lr, wd=self.wd, label_smoothing=self.label_smoothing,
                             layer_decay=self.layer_decay, pretrained=self.pretrained or None,

@@ -47,7 +47,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, five_crop, r
 
 from . import __version__
 from .interpret import METHODS, _evaluating, _names_classes, explore, fill_page, show_attention
-from .learner import OPTIMIZERS, RECIPES, Checkpoint, Recipe, _no_fit, deal, load_checkpoint, whole_file
+from .learner import RECIPES, Checkpoint, Recipe, _no_fit, deal, load_checkpoint, whole_file
 from .photographs import _readers
 from .preprocessing import Preprocessing, open_image
 from .pretrained import _place, load_pretrained
@@ -278,13 +278,11 @@ def _check_settings(s):
         raise ValueError("--freeze_epochs trains the head first, upon trained weights: name them with --pretrained")
     if s['freeze_epochs'] and (s['freeze'] or s['freeze_epochs'] >= s['epochs']):
         raise ValueError("--freeze_epochs leaves no epoch for the rest of the model: choose fewer, or --freeze alone")
-    if s['opt'] not in OPTIMIZERS:
-        raise ValueError(f"no optimizer {s['opt']!r}: choose from {', '.join(OPTIMIZERS)}")
     if s['log'] not in LOGS: raise ValueError(f"log {s['log']!r} is not known: use {', '.join(LOGS)}")
     if s['precision'] not in ('fp32', 'bf16', 'fp16', 'auto'):
         raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16, fp16 or auto")
     r = _recipe(s)
-    r.transforms(), r.callbacks()                                                 # likewise
+    r.transforms(), r.callbacks(), r.opt_func()                                                 # likewise
 
 def _recipe(settings): return Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
 
