@@ -1,5 +1,5 @@
 """vit_train and vit_predict as a user runs them, the good way and the bad ways."""
-import csv, io, json, os, random, re, shutil, signal, socket, subprocess, sys, time
+import csv, io, json, os, random, re, shutil, signal, socket, subprocess, sys, time, warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 from programs import Program, shell
 from vit_nbdev import cli
-from vit_nbdev.cli import vit_predict, vit_train
+from vit_nbdev.cli import plain_errors, vit_predict, vit_train
 from vit_nbdev.experiments import read_trials
 from vit_nbdev.learner import FINETUNE, RECIPES, Recipe
 from vit_nbdev.preprocessing import Preprocessing
@@ -52,6 +52,19 @@ def test_train_leaves_a_whole_run(trained):
     for name in ('curves', 'confusion', 'predictions'):
         # something is drawn
         with Image.open(run/f'{name}.png') as im: assert min(im.size) > 200 and np.asarray(im.convert('L')).std() > 10
+
+def test_a_warning_of_ours_is_a_line(capsys, monkeypatch):
+    "... without the place in our files; those of other libraries are shown as ever"
+    seen = []
+    def show(message, *_, **__): seen.append(str(message))
+    with warnings.catch_warnings():
+        warnings.simplefilter('always')
+        monkeypatch.setattr(warnings, 'showwarning', show)
+        with plain_errors('vit_train'):
+            warnings.warn_explicit('slow here', UserWarning, cli.__file__, 1)
+            warnings.warn_explicit('old', UserWarning, np.__file__, 1)
+        assert warnings.showwarning is show
+    assert (capsys.readouterr().err, seen) == ('vit_train: slow here\n', ['old'])
 
 def study(name): return read_trials(ROOT/'nbs'/'studies'/f'{name}.jsonl')
 

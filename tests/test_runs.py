@@ -1,5 +1,6 @@
 """A damaged run folder says so; it does not answer."""
-import json
+import json, re, sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def test_auto_is_bf16_only_where_it_is_faster(monkeypatch):
         assert runs._precision('auto', model, 4, cpu) == chosen
         assert runs._precision('fp32', model, 4, cpu) == 'fp32'
     monkeypatch.setattr(runs, '_bf16_ratio', lambda *_: 2.53)
-    with pytest.warns(UserWarning, match='bf16 takes 2.5 times as long as fp32 on this processor: use fp32, or auto'):
+    with pytest.warns(UserWarning, match='bf16 takes 2.53 times as long as fp32 on this processor: use fp32, or auto'):
         assert runs._precision('bf16', model, 4, cpu) == 'bf16'
 
 def test_what_an_apple_computes_in(tmp_path, monkeypatch):
@@ -158,7 +159,14 @@ def test_the_trial_leaves_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
-def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch, no_pictures, few_digits):
+def test_the_trial_is_on_the_device(monkeypatch):
+    "The model is still on the CPU when it begins: fastai moves it in a fit"
+    monkeypatch.setattr(torch, 'autocast', lambda *_, **__: nullcontext())      # there is none for this device
+    model = vit('digits')
+    assert runs._bf16_ratio(model, 2, torch.device('meta')) > 0
+    assert {p.device.type for p in model.parameters()} == {'cpu'}
+
+def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch, capsys, no_pictures, few_digits):
     "It computes in bfloat16 when it trains, and says so in its settings"
     seen, forward = set(), torch.nn.Linear.forward
     def watch(self, x):
@@ -170,6 +178,7 @@ def test_a_run_in_bf16_on_a_cpu(tmp_path, monkeypatch, no_pictures, few_digits):
     monkeypatch.setattr(torch.nn.Linear, 'forward', watch)
     model, config = load_model(runs.train(epochs=1, precision='auto', device='cpu', out=tmp_path/'run'))
     assert seen >= {torch.bfloat16} and config['settings']['precision'] == 'bf16'
+    assert re.search(r'^device  cpu.*, precision bf16$', capsys.readouterr().out, flags=re.M)
     assert {v.dtype for v in model.state_dict().values() if v.is_floating_point()} == {torch.float32}
 
 def test_an_interruption_ends_bf16(few_digits):
@@ -185,3 +194,22 @@ def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r'--compile needs a C\+\+ compiler, and there is none here: install g\+\+'):
         runs.train(epochs=1, compile=True, device='cpu', out=tmp_path/'run')
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere torch looks for clang++')
+def test_a_compiler_that_torch_does_not_look_for(tmp_path, monkeypatch):
+    "On Linux clang++ counts where CXX names it, and not else"
+    clang = tmp_path/'clang++'
+    clang.write_text('')
+    clang.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(OSError, match='name another by CXX'): runs._check_compiler(torch.device('cpu'))
+    monkeypatch.setenv('CXX', 'clang++')
+    runs._check_compiler(torch.device('cpu'))
+
+def test_what_a_compiler_could_not_do_is_a_sentence():
+    class InductorError(RuntimeError): pass
+    with pytest.raises(RuntimeError, match='^another'), runs._compiling(): raise InductorError('another')
+    InductorError.__module__ = 'torch._inductor.exc'
+    with pytest.raises(OSError, match=r'could not compile the model \(no Python.h\): mend its C\+\+ compiler'):
+        with runs._compiling(): raise InductorError('no\nPython.h')

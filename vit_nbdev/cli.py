@@ -7,7 +7,7 @@ __all__ = ['TRAIN_GROUPS', 'TRAIN_EXAMPLES', 'plain_errors', 'parser_of', 'comma
            'vit_export', 'vit_serve']
 
 # %% ../nbs/10_cli.ipynb #cli00003
-import argparse, csv, errno, inspect, json, os, re, signal, sys, threading, time
+import argparse, csv, errno, inspect, json, os, re, signal, sys, threading, time, warnings
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -41,7 +41,7 @@ def plain_errors(
     for stream in (sys.stdout, sys.stderr):      # a name in any script must not end a program whose terminal lacks it
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:
-        with _heard_once(): yield
+        with _heard_once(), _plain_warnings(command): yield
         sys.stdout.flush()
     except BrokenPipeError:                      # the reader has seen enough: `vit_predict ... | head`
         _give_up_output()
@@ -53,6 +53,19 @@ def plain_errors(
     except KeyboardInterrupt as e:
         print(f"{command}: {str(e) or 'stopped by Ctrl-C'}", file=sys.stderr)
         sys.exit(130)
+
+# %% ../nbs/10_cli.ipynb #warned01
+@contextmanager
+def _plain_warnings(command):
+    "What this library warns of is said in a line, without the place in its files"
+    import vit_nbdev
+    show, ours = warnings.showwarning, str(Path(vit_nbdev.__file__).parent) + os.sep
+    def shown(message, category, filename, *args, **kwargs):
+        if str(filename).startswith(ours): print(f'{command}: {message}', file=sys.stderr)
+        else: show(message, category, filename, *args, **kwargs)
+    warnings.showwarning = shown
+    try: yield
+    finally: warnings.showwarning = show
 
 # %% ../nbs/10_cli.ipynb #01a48fef
 @contextmanager

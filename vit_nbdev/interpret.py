@@ -26,21 +26,27 @@ from .preprocessing import Preprocessing
 from .vit import PatchEmbedding, ViT, _grid
 
 # %% ../nbs/06_interpret.ipynb #2a6bc6b6
+def _passed_on(weights, before=None):
+    "What tokens are made of `(b n n)` after a block with weights `(b h n n)`; `before`: what they were until then"
+    step = weights.mean(dim=1)
+    step.diagonal(dim1=1, dim2=2).add_(1)             # the skip connection
+    step.div_(2)
+    return step if before is None else step @ before
+
 def attention_rollout(
     maps: Tensor,  # from `attention_maps` `(b depth h n n)`
 ) -> Tensor:       # `(b depth n n)`: what each token is made of after so many blocks; rows sum to 1
     "Attention multiplied through the blocks, half of it being the skip connection (Abnar and Zuidema 2020)"
-    eye = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
-    steps = ((maps.mean(dim=2) + eye)/2).unbind(dim=1)
-    out = [steps[0]]
-    for step in steps[1:]: out.append(step @ out[-1])
+    out = []
+    for weights in maps.unbind(dim=1): out.append(_passed_on(weights, out[-1] if out else None))
     return torch.stack(out, dim=1)
 
 # %% ../nbs/06_interpret.ipynb #555af3da
-def _record(model, x, layer=None, reduce=None):
+def _record(model, x, layer=None, rollout=False):
     """One forward pass: weights of all blocks `(b depth h n n)`, how much of each token the head reads `(b n)`, logits
 
-    With `layer` of this block alone, with `reduce` what it keeps of each: for one map nobody has to hold them all.
+    With `layer` of this block alone; with `rollout` in their place their product `(b n n)`, as in `attention_rollout`:
+    for one map nobody has to hold them all.
     """
     x = _images(x)
     with _evaluating(model), torch.no_grad():
@@ -50,13 +56,14 @@ def _record(model, x, layer=None, reduce=None):
         maps, done, depth = None, 0, 1 if layer is not None else len(model.encoder.blocks)
         def keep(w):      # into its place at once: a stack of all would hold them twice
             nonlocal maps, done
-            if reduce is not None: w = reduce(w)
             if done == depth: return w                # what the attention pool attends to
-            if maps is None: maps = w.new_empty(len(w), depth, *w.shape[1:])
-            maps[:, done] = w
+            if rollout: maps = _passed_on(w, maps)
+            else:
+                if maps is None: maps = w.new_empty(len(w), depth, *w.shape[1:])
+                maps[:, done] = w
             done += 1
         with record_attention(model, names, keep) as weights: logits = model(x)
-    read = _reads(model, maps[0, 0, 0, 0]).repeat(len(x), 1)
+    read = _reads(model, maps.flatten(0, -2)[0]).repeat(len(x), 1)
     if model.config.pool == 'map': read[:, _asked(model)] = weights['attn_pool.attn'][:, :, 0].mean(dim=1)
     return maps, read, logits
 
@@ -105,6 +112,13 @@ def _one_image(image):
         raise ValueError(f"image has shape {tuple(image.shape)}, expected one image (c, h, w): "
                          "choose one of a batch, x[0]")
     return image[None]
+
+def _logits(model, x):
+    "What the model says of images, without a look at its attention"
+    x = _images(x)
+    with _evaluating(model), torch.no_grad():
+        _grid(x, model.config)
+        return model(x)
 
 # %% ../nbs/06_interpret.ipynb #712adcda
 def _attention_steps(model, x, target):
@@ -170,8 +184,7 @@ def _token_map(model, x, method, target, layer, head):
     "A number per token `(b n)`, by one of `METHODS`"
     if method == 'relevance': return relevance(model, x, target)
     if method == 'rollout':
-        maps, read, _ = _record(model, x, reduce=lambda weights: weights.mean(dim=1, keepdim=True))
-        step = attention_rollout(maps)[:, -1]
+        step, read, _ = _record(model, x, rollout=True)
     else:
         maps, read, _ = _record(model, x, _pick('layer', layer, model.config.depth, 'blocks') % model.config.depth)
         step = maps[:, 0].mean(dim=1) if head is None else maps[:, 0, _pick('head', head, maps.shape[2], 'heads')]
@@ -279,7 +292,7 @@ def show_attention(
 ):                                        # the matplotlib figure
     "The image, and beside it what the model looks at"
     x, methods = _one_image(image), (method,) if isinstance(method, str) else method
-    logits, labels, title = _record(model, x)[2], _labels(model, preprocessing), 'image'
+    logits, labels, title = _logits(model, x), _labels(model, preprocessing), 'image'
     if labels:
         shown = logits.argmax().item() if target is None else _targets(model, target, 1).item()
         title = f'{_drawable(labels[shown])}: {_probabilities(logits, preprocessing)[0, shown]:.1%}'
@@ -525,7 +538,7 @@ def randomization_check(
     seed: int = 0,              # of the shuffling
 ) -> dict[str, Tensor]:         # name of what was shuffled last -> correlation `(b)` with the map of the whole model
     "Does a map change as the model loses what it learned, from the head downwards (Adebayo 2018)?"
-    target = _record(model, x)[2].argmax(dim=1) if method == 'relevance' else None
+    target = _logits(model, x).argmax(dim=1) if method == 'relevance' else None
     original = heat_map(model, x, method, target).flatten(1)
     broken, generator, out = deepcopy(model), torch.Generator().manual_seed(seed), {}
     parts = {'head': [broken.encoder.norm, broken.pool_norm, broken.attn_pool, broken.head]}

@@ -72,18 +72,22 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai's optimizers take no closure")
+        alike = {}      # groups often differ in nothing, and few calls are faster than many
         for params, hyper in zip(self.param_lists, self.hypers):
-            for decay in (True, False):
-                chosen = [p for p in params if p.grad is not None and self.state[p].get('do_wd', True) == decay]
-                if chosen: self._step(chosen, decay*hyper['wd'], hyper)
+            numbers = tuple(hyper.items())
+            for p in params:
+                decay = self.state[p].get('do_wd', True)
+                if p.grad is not None: alike.setdefault((decay, numbers), (hyper, []))[1].append(p)
+        for (decay, _), (hyper, params) in alike.items(): self._step(params, decay*hyper['wd'], hyper)
 
     def _step(self, params, wd, hyper):
         "Move `params`, which all decay by `wd`"
         for p in params:
-            state, zeros = self.state[p], partial(torch.zeros_like, p, memory_format=torch.preserve_format)
+            state = self.state[p]
             if 'grad_avg' not in state or state['grad_avg'].shape != p.shape:     # anew after `set_resolution`
-                state |= dict(grad_avg=zeros(), sqr_avg=zeros(), step=0)
-            state['step'] = torch.as_tensor(state['step'], dtype=torch.float32, device=p.device)
+                state |= dict(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
+            if not isinstance(state['step'], Tensor) or state['step'].device != p.device:
+                state['step'] = torch.as_tensor(state['step'], dtype=torch.float32, device=p.device)
         grad_avg, sqr_avg, step = ([self.state[p][k] for p in params] for k in ('grad_avg', 'sqr_avg', 'step'))
         fused = all(p.device.type in ('cpu', 'cuda') for p in params)
         torch_adamw(params, [p.grad for p in params], grad_avg, sqr_avg, [], step, fused=fused, amsgrad=False,

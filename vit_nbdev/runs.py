@@ -749,7 +749,8 @@ def _describe(say, s, r, dls, learn, device):
     if r.freeze_epochs: less += f', the head alone in the first {r.freeze_epochs}'
     say(f"train   {r.epochs} epochs of {len(dls.train)} batches of {r.bs}, {r.opt}, learning rate {r.lr}{less}, "
         f"seed {s['seed']}")
-    say(f"device  {device}{threads}{processes}")
+    precision = '' if s['precision'] == 'fp32' else f", precision {s['precision']}"
+    say(f"device  {device}{threads}{processes}{precision}")
     if s['recipe'] == 'folder' and not r.pretrained and (each := sizes[0]//c.n_classes) < _FEW:
         say(f"hint    {each:,} training images a class are few to begin from scratch with: --pretrained SOURCE begins "
             "with published weights (vit_train --help has an example)")
@@ -759,10 +760,10 @@ def _describe(say, s, r, dls, learn, device):
 # %% ../nbs/09_runs.ipynb #878b6d04
 def _bf16_ratio(model, bs, device, clock=time.perf_counter):
     "Seconds of a step's forward and backward pass in bf16 as a share of those in fp32, the least of three each"
-    c, copy, seconds = model.config, deepcopy(model), {True: [], False: []}
+    c, copy, seconds = model.config, deepcopy(model).to(device), {True: [], False: []}   # fastai moves it in a fit only
     sides = c.img_size if isinstance(c.img_size, (tuple, list)) else (c.img_size, c.img_size)
     x = torch.zeros(bs, c.in_chans, *sides, device=device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         for half in [False, True]*4:
             start = clock()
             with torch.autocast(device.type, torch.bfloat16, enabled=half): out = copy(x)
@@ -780,7 +781,7 @@ def _has_bf16(device):
 def _precision(name, model, bs, device):
     "What `auto` is here; a warning where bf16 is asked for and slower. The first of several processes decides"
     if name == 'bf16' and device.type == 'cpu' and (ratio := _bf16_ratio(model, bs, device)) > 1:
-        warnings.warn(f"precision bf16 takes {ratio:.1f} times as long as fp32 on this processor: use fp32, or auto")
+        warnings.warn(f"precision bf16 takes {ratio:.2f} times as long as fp32 on this processor: use fp32, or auto")
     if name != 'auto': return name
     chosen = ['bf16' if _has_bf16(device) and _bf16_ratio(model, bs, device) < 1 else 'fp32']
     if num_distrib() > 1: torch.distributed.broadcast_object_list(chosen)
@@ -798,8 +799,19 @@ class CPUBF16(Callback):
 def _check_compiler(device):
     "On a CPU `torch.compile` writes C++; OSError if nothing here translates it"
     if device.type != 'cpu' or sys.platform == 'win32': return
-    if not any(shutil.which(name) for name in (os.environ.get('CXX') or 'g++', 'clang++')):
-        raise OSError("--compile needs a C++ compiler, and there is none here: install g++, or leave out --compile")
+    usual = 'clang++' if sys.platform == 'darwin' else 'g++'            # torch looks for no other
+    if not shutil.which(os.environ.get('CXX') or usual):
+        raise OSError("--compile needs a C++ compiler, and there is none here: install g++, "
+                      "or name another by CXX, or leave out --compile")
+
+@contextmanager
+def _compiling():
+    "OSError in one sentence where torch's compiler fails in the block"
+    try: yield
+    except RuntimeError as e:
+        if not type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')): raise
+        raise OSError(f"--compile: torch could not compile the model ({' '.join(str(e).split())[:200]}): "
+                      "mend its C++ compiler, or leave out --compile") from e
 
 def _check_precision(precision, device):
     "ValueError if a device does not compute in it"
@@ -831,9 +843,7 @@ def _prepare(s, device, part, fewest=0):
         learn.remove_cb(learn.progress)
         learn.logger = noop      # the lines say it
     s['precision'] = _precision(s['precision'], learn.model, r.bs, device)
-    if s['compile']:
-        _check_compiler(device)
-        learn.model.compile()
+    if s['compile']: learn.model.compile()
     if s['precision'] != 'fp32':
         if device.type == 'cpu': learn.add_cb(CPUBF16())
         else: learn = getattr(learn, f"to_{s['precision']}")()
@@ -907,6 +917,7 @@ def train(
         if _is_table(s['path']): name = Path(name).stem
         out = _free_name(Path('runs'), name.removesuffix('.part')) if out is None else _run_path(out)
     _check_precision(s['precision'], device)
+    if s['compile']: _check_compiler(device)
     _check_logger(s['log'])
     device = _join_processes(device)
     def say(text):
@@ -916,7 +927,7 @@ def train(
         few = resume is None and epochs is None and s['recipe'] == 'finetune'
         r, dls, test, learn = _prepare(s, device, part, FEWEST_STEPS if few else 0)
         _describe(say, s, r, dls, learn, device)
-        seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
+        with _compiling(): seconds = _fit(learn, r, sync_bn=device.type == 'cuda')
         facts = dict(settings=s, data=dls.facts)
         facts |= dict(device=str(device), processes=max(num_distrib(), 1), seconds=round(seconds, 1),
                      images_per_second=round(len(dls.train_ds)*len(learn.recorder.values)/seconds, 1))
