@@ -990,3 +990,27 @@ def test_one_map_does_not_hold_the_weights_of_all_blocks(pool, monkeypatch):
         torch.testing.assert_close(heat, expected, rtol=1e-6, atol=1e-7)
         blocks = model.config.depth if method == 'rollout' else 1
         assert len(found) == blocks + (pool == 'map')
+
+# --- what is held in memory ---
+
+def test_rollout_is_the_product_of_all_maps():
+    "... whether it is made as they come or afterwards, to the last bit"
+    for changes in (dict(), dict(pool='cls', n_registers=2), dict(pool='map', pool_prefix=True, cls_token=True)):
+        torch.manual_seed(0)
+        model, x = vit('digits', **changes).eval(), torch.randn(2, 1, 8, 8)
+        rolled, read, logits = interpret._record(model, x, rollout=True)
+        maps, wanted, _ = interpret._record(model, x)
+        assert torch.equal(rolled, interpret.attention_rollout(maps)[:, -1]) and torch.equal(read, wanted)
+        assert torch.equal(logits, interpret._logits(model, x))
+
+def test_a_picture_of_one_block_records_no_other(monkeypatch):
+    "Nor does the trial by shuffling, which asks for the class that is predicted"
+    seen, record = [], interpret.record_attention
+    def watch(model, names=None, *args): return seen.append(names) or record(model, names, *args)
+    monkeypatch.setattr(interpret, 'record_attention', watch)
+    model, x = vit('digits').eval(), torch.randn(1, 1, 8, 8)
+    show_attention(model, x[0], 'attention', layer=1)
+    assert seen == [['encoder.blocks.1.attn']]
+    seen.clear()
+    randomization_check(model, x, 'relevance')
+    assert seen == []
