@@ -111,12 +111,14 @@ def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
     assert there.preprocessing == here.preprocessing and there.config == here.config
     config = json.loads((run/'config.json').read_text())
     config['settings'] |= dict(path='/home/me/secret/pictures', pretrained='/home/me/weights')
+    config['data'] = config.get('data', {}) | dict(stream='what was decoded is kept in /home/me/secret/cache')
     (run/'config.json').write_text(json.dumps(config))
     push_to_hub(run, 'me/digits')
     card = (hub/'me/digits/README.md').read_text()
     assert '- pretrained: weights\n' in card and '/home/me' not in card
     settings = json.loads((hub/'me/digits/config.json').read_text())['settings']
     assert (settings['path'], settings['pretrained']) == ('pictures', 'weights')
+    assert '/home/me' not in (hub/'me/digits/config.json').read_text()
 
 def test_the_card_has_the_figures_of_the_run(run, hub, tmp_path):
     "What a stranger must know, and metadata that the hub can read; a card that was edited stays"

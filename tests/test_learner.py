@@ -711,3 +711,16 @@ def test_what_other_programs_leave(monkeypatch):
         monkeypatch.setattr(psutil, 'LINUX', linux)
         monkeypatch.setattr(os, 'getpriority', lambda which, who: priority, raising=False)
         assert _left_over() == 30 + 4 + 1 + 20 + 2 + 0.5 + ours     # of low priority, ours are in `nice`
+
+@pytest.mark.parametrize('opt_func', [adamw, muon])
+def test_frozen_means_frozen_also_with_gradients_that_wait(opt_func, few_digits):
+    "A batch of an epoch is left over for the next step; by then its parameters are frozen"
+    learn = vit_learner(digits_dls(bs=64, device='cpu'), 'digits', opt_func=opt_func, cbs=GradientAccumulation(192))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        assert learn.model.pos_embed.grad is not None               # it waits
+        learn.freeze()
+        before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        learn.fit(1)
+    moved = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(k.startswith(('head', 'encoder.norm')) for k in moved)

@@ -608,3 +608,40 @@ def test_what_cant_be_read_is_left_out_of_a_stream(backend, folder):
     dls = folder_dls(folder, preprocessing=replace(PREP, backend=backend), stream=True, skip_bad=True, bs=4,
                      workers=0, device='cpu')
     assert sum(len(dl.dataset) for dl in dls.loaders) == 24
+
+# --- files that are turned, hidden or oddly named ---
+
+@pytest.mark.parametrize('kind', ['tif', 'jpg', 'png'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_every_orientation_is_cropped_as_it_stands(kind, orientation, tmp_path):
+    "The whole picture as a crop is what the preprocessing makes of it, and its size is that of the upright picture"
+    x = np.zeros((60, 140, 3), np.uint8)
+    x[:30, :70, 0], x[30:, 70:, 1], x[..., 2] = 250, 250, np.linspace(0, 250, 140)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path/f'picture.{kind}'
+    Image.fromarray(x).save(file, exif=exif)
+    h, w = (140, 60) if orientation > 4 else (60, 140)
+    prep = Preprocessing((24, 24), [0.5]*3, [0.5]*3, resize='squash')
+    whole = RandomCrop((1, 1), (w/h,)*2)
+    assert PictureFiles([file], prep).sizes().tolist() == [[h, w]]
+    assert (prep(file).float() - cropped(file, prep, whole, 0).float()).abs().mean() < 3
+
+def test_hidden_folders_do_not_say_what_a_folder_holds(folder):
+    for file in folder.rglob('1?.*'): file.unlink()          # what is hidden is the larger part
+    for file in folder.glob('b/*'): file.unlink()
+    for name in ('.thumbs', 'a/.thumbs'):
+        (folder/name).mkdir()
+        for i in range(30): Image.new('RGB', (8, 8)).save(folder/name/f'{i}.png')
+    assert runs._side(folder, None, None) == 60
+
+def test_a_name_that_is_no_utf8(folder, tmp_path_factory):
+    "As an old archive unpacks it: streamed, cached, and told apart from another name"
+    old = folder/'a'/'0.jpg'
+    odd = folder/'a'/os.fsdecode(b'M\xe4dchen.jpg')
+    try: old.rename(odd)
+    except OSError: pytest.skip('this file system takes UTF-8 alone')
+    cache = tmp_path_factory.mktemp('cache')
+    dls = folder_dls(folder, img_size=24, bs=4, device='cpu', stream=True, workers=0, cache=cache)
+    for dl in dls: assert len(list(dl)) > 0
+    assert all(photographs.StreamedImages.digest(dl.dataset) for dl in dls)

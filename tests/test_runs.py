@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastcore.foundation import L
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vit_nbdev import runs
-from vit_nbdev.data import digits_dls
+from vit_nbdev.data import digits_dls, folder_dls, table_dls
 from vit_nbdev.learner import vit_learner
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.runs import explain, load_model, predict, save_model
+from vit_nbdev.runs import explain, load_model, predict, save_model, save_run
 from vit_nbdev.vit import vit
 
 LABELS = tuple('abcdefghij')
@@ -213,3 +214,49 @@ def test_what_a_compiler_could_not_do_is_a_sentence():
     InductorError.__module__ = 'torch._inductor.exc'
     with pytest.raises(OSError, match=r'could not compile the model \(no Python.h\): mend its C\+\+ compiler'):
         with runs._compiling(): raise InductorError('no\nPython.h')
+
+# --- names of folders and classes ---
+
+def test_a_link_that_leads_nowhere_is_refused_at_once(tmp_path):
+    (tmp_path/'out').symlink_to(tmp_path/'nowhere')
+    with pytest.raises(FileExistsError, match='out is a link that leads nowhere: choose another --out'):
+        runs.train(device='cpu', out=tmp_path/'out')
+    assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+def test_what_is_said_can_be_typed(tmp_path, monkeypatch, capsys, no_pictures, few_digits):
+    "A name with a space is quoted, and the asterisk is not"
+    monkeypatch.chdir(tmp_path)
+    runs.train(epochs=1, device='cpu', out='my run')
+    assert capsys.readouterr().out.endswith("use it: vit_predict 'my run' 'my run/samples'/*.png\n")
+
+def test_a_list_of_fastai_is_a_list(tmp_path, few_digits):
+    learn = vit_learner(digits_dls(device='cpu'), 'digits')
+    files = [tmp_path/f'{i}.png' for i in range(2)]
+    for i, file in enumerate(files): Image.fromarray(np.full((8, 8), 100*i, np.uint8)).save(file)
+    assert predict(learn, L(files)) == predict(learn, files)
+
+@pytest.mark.parametrize('labels', ['one', 'several'])
+def test_a_trained_model_takes_the_names_of_what_it_learns(labels, tmp_path):
+    "Of as many other classes, or of several labels: from the model itself as from the learner"
+    rng = np.random.default_rng(0)
+    def folder(name, classes):
+        for c in classes:
+            (tmp_path/name/c).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(256, size=(8, 8)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path/name/c/f'{i}.png')
+        return tmp_path/name
+    common = dict(img_size=8, in_chans=1, bs=4, device='cpu')
+    first = vit_learner(folder_dls(folder('first', 'abc'), **common), 'digits')
+    run = save_run(first, tmp_path/'run')
+    other = folder('other', 'xyz')
+    if labels == 'one': dls = folder_dls(other, **common)
+    else:
+        rows = [f'{f.relative_to(other)},{f.parent.name};all' for f in sorted(other.rglob('*.png'))]
+        (other/'labels.csv').write_text('name,label\n' + '\n'.join(rows))
+        dls = table_dls(other/'labels.csv', delim=';', **common)
+    learn = vit_learner(dls, pretrained=run)
+    file = next(other.rglob('*.png'))
+    assert predict(learn, file) == predict(learn.model, file)
+    assert learn.model.preprocessing == dls.preprocessing and learn.model.preprocessing.several == (labels == 'several')
+    assert set('xyz') <= set(learn.model.preprocessing.labels)

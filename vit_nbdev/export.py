@@ -213,6 +213,7 @@ def push_to_hub(
     run, config = Path(run), load_model(run)[1]
     for name, value in config.get('settings', {}).items():      # what a folder of yours is called is nobody's business
         if isinstance(value, str) and os.path.isabs(value): config['settings'][name] = Path(value).name
+    config.get('data', {}).pop('stream', None)                  # its words name the cache
     with TemporaryDirectory() as folder:
         for name in _UPLOADED:
             if (run/name).is_file(): shutil.copy(run/name, folder)

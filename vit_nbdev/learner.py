@@ -77,7 +77,7 @@ class AdamW(Optimizer):
             numbers = tuple(hyper.items())
             for p in params:
                 decay = self.state[p].get('do_wd', True)
-                if p.grad is not None: alike.setdefault((decay, numbers), (hyper, []))[1].append(p)
+                if p.grad is not None and p.requires_grad: alike.setdefault((decay, numbers), (hyper, []))[1].append(p)
         for (decay, _), (hyper, params) in alike.items(): self._step(params, decay*hyper['wd'], hyper)
 
     def _step(self, params, wd, hyper):
@@ -311,6 +311,14 @@ def _statistics(*values):
     mean, std = ('/'.join(f'{v:.3g}' for v in torch.as_tensor(x).flatten().tolist()) for x in values)
     return f'mean {mean}, std {std}'
 
+def _adopt(dls, model, loss):
+    "A trained model learns the classes of these loaders, and these look at images as it does"
+    normalise_as(dls, model.preprocessing)
+    if hasattr(dls, 'preprocessing'): model.preprocessing = dls.preprocessing
+    elif vocab := getattr(dls, 'vocab', None):
+        model.preprocessing = replace(model.preprocessing, labels=tuple(map(str, vocab)),
+                                      several=isinstance(loss, BCEWithLogitsLossFlat))
+
 # %% ../nbs/04_learner.ipynb #lrn00001
 FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)
 
@@ -329,8 +337,8 @@ def vit_learner(
     "A fastai `Learner` that trains a Vision Transformer with AdamW, and cross-entropy or the loaders' own loss"
     model = _build(dls, model, pretrained)
     prep = getattr(model, 'preprocessing', None)
-    if prep is not None: normalise_as(dls, prep)
     loss, usual = _loss(dls, label_smoothing)
+    if prep is not None: _adopt(dls, model, loss)
     fresh = pretrained is None and prep is None
     if lr is None: lr = 3e-3 if fresh else FINETUNE['lr']
     if layer_decay is None: layer_decay = 0. if fresh or 'splitter' in kwargs else FINETUNE['layer_decay']

@@ -55,7 +55,11 @@ class RandomCrop:
         finally: torch.set_rng_state(state)
 
 # %% ../nbs/03a_photographs.ipynb #7f474c90
-def _on_its_side(im): return im.getexif().get(0x0112) in (5, 6, 7, 8)       # a camera's note on how it was held
+def _on_its_side(im):
+    "Has a camera noted that the picture was held on its side, and is its size still that of before?"
+    noted = im.getexif().get(0x0112) in (5, 6, 7, 8)
+    if im.format != 'TIFF': return noted
+    return noted and im.size == (im.tag_v2[256], im.tag_v2[257])      # newer versions of pillow turn it at once
 
 def cropped(
     file: str|Path,     # any format that pillow reads; JPEG is decoded at a reduced scale
@@ -193,7 +197,7 @@ class StreamedImages(ImageTensors):
 def digest(self: StreamedImages):
     "What changes with any name, size or label of a file"
     h = blake2b(self.y.contiguous().numpy(), digest_size=16)
-    for i in range(len(self)): h.update(f'{self.x.file(i).name} {self.x.n_bytes(i)};'.encode())
+    for i in range(len(self)): h.update(f'{self.x.file(i).name} {self.x.n_bytes(i)};'.encode(errors='surrogateescape'))
     return h.digest()
 
 @patch
@@ -227,7 +231,8 @@ class PictureCache:
         "What is kept of a file, or what `make()` makes of it"
         if not file.is_file(): return make()       # which says what is wrong
         facts = file.stat()
-        name = blake2b(f'{kind} {file.absolute()} {facts.st_size} {facts.st_mtime_ns}'.encode(), digest_size=16)
+        what = f'{kind} {file.absolute()} {facts.st_size} {facts.st_mtime_ns}'
+        name = blake2b(what.encode(errors='surrogateescape'), digest_size=16)
         path = self.folder/name.hexdigest()[:2]/f'{name.hexdigest()[2:]}.npy'
         try: return np.load(path, mmap_mode='r')
         except (FileNotFoundError, EOFError, ValueError): pass        # not there, or damaged

@@ -10,7 +10,7 @@ __all__ = ['LOADERS', 'WEIGHTS', 'PHOTOGRAPH', 'LOGS', 'FEWEST_STEPS', 'get_devi
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
 # longer than 40 lines: imports
-import base64, hashlib, io, json, os, platform, shutil, signal, sys, tempfile, threading, time, warnings
+import base64, hashlib, io, json, os, platform, shlex, shutil, signal, sys, tempfile, threading, time, warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +37,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
 from fastai.vision.augment import AffineCoordTfm, Resize, ResizeMethod
 from fastcore.basics import noop
+from fastcore.foundation import L
 from fastcore.imports import in_notebook
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
@@ -196,10 +197,10 @@ def _some_images(folder):
     "A few image files of a folder, without a look at all of them"
     def outside_runs():
         for place, folders, names in islice(os.walk(folder, followlinks=True), 1000):
-            if _RUN_FILES <= set(names): folders.clear()
-            else: yield from (Path(place)/name for name in names)
-    files = (f for f in outside_runs() if f.suffix.lower() in IMAGES)
-    return list(islice(files, 16)) or find_images(folder)[0][:16]
+            if _RUN_FILES <= set(names): names, folders[:] = [], []
+            folders[:] = [name for name in folders if name[0] != '.']       # as `find_images` has it
+            yield from (Path(place)/name for name in names if name[0] != '.')
+    return [*islice((f for f in outside_runs() if f.suffix.lower() in IMAGES), 16)] or find_images(folder)[0][:16]
 
 def _side(data, pictures, columns):
     "The shorter side in pixels of a typical picture of a folder or a table, of up to 16; 0 if none can be read"
@@ -282,7 +283,7 @@ def _check_settings(s):
     if s['precision'] not in ('fp32', 'bf16', 'fp16', 'auto'):
         raise ValueError(f"precision {s['precision']!r} is not known: use fp32, bf16, fp16 or auto")
     r = _recipe(s)
-    r.transforms(), r.callbacks(), r.opt_func()                                                 # likewise
+    r.transforms(), r.callbacks(), r.opt_func()                                  # likewise
 
 def _recipe(settings): return Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
 
@@ -343,7 +344,7 @@ def _run_folder(out, force, resume):
             with _undisturbed():
                 kept = (part/'checkpoint.pt').is_file() and (resume or not isinstance(e, Diverged))
                 if not kept and not resume: shutil.rmtree(part, ignore_errors=True)   # what was given is never deleted
-                hint = f"go on with: vit_train --resume {out}"
+                hint = f"go on with: vit_train --resume {shlex.quote(str(out))}"
                 if isinstance(e, OSError) and kept: raise OSError(f"{e}; {hint}") from e
                 if not isinstance(e, KeyboardInterrupt): raise
                 raise KeyboardInterrupt(f"stopped by Ctrl-C after {_epochs(part)} epochs; {hint}" if kept else
@@ -406,6 +407,8 @@ def _is_run(path): return path.is_dir() and ((path/'config.json').is_file() or n
 
 def _make_way(out, part, force):
     "Make the folder of a new run, if nothing is in its way"
+    if out.is_symlink() and not out.exists():
+        raise FileExistsError(f"{out} is a link that leads nowhere: choose another --out")
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists: choose another --out, or --force to replace it")
     if out.exists() and not _is_run(out):
@@ -811,7 +814,8 @@ def _compiling():
     except RuntimeError as e:
         if not type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')): raise
         raise OSError(f"--compile: torch could not compile the model ({' '.join(str(e).split())[:200]}): "
-                      "mend its C++ compiler, or leave out --compile") from e
+                      "mend its C++ compiler, delete its cache (TORCHINDUCTOR_CACHE_DIR), or leave out "
+                      "--compile") from e
 
 def _check_precision(precision, device):
     "ValueError if a device does not compute in it"
@@ -941,7 +945,8 @@ def train(
     say(f"test accuracy: {percent(accuracy)} (n={len(test.dataset)}), {also}")
     if 'tta_accuracy' in facts: say(f"{facts['tta_views']} views of each: {percent(facts['tta_accuracy'])}")
     say(f"trained in {seconds:.0f} s; in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
-    say(f"use it: vit_predict {out} {out/'samples'/'*.png'}")
+    run, samples = (shlex.quote(str(path)) for path in (out, out/'samples'))
+    say(f"use it: vit_predict {run} {samples}{os.sep}*.png")
     return out
 
 # %% ../nbs/09_runs.ipynb #bf7d9533
@@ -960,7 +965,7 @@ def image_files(
 
 def _images(images):
     "Pairs of a name and a file or an image, of whatever `predict` takes"
-    several = images if isinstance(images, (list, tuple)) else [images]
+    several = images if isinstance(images, (list, tuple, L)) else [images]
     pairs = []
     for i, image in enumerate(several):
         if isinstance(image, (str, Path)): pairs += [(str(f), f) for f in image_files(image)]
