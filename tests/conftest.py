@@ -28,6 +28,16 @@ def pytest_collection_modifyitems(items):
         ordered += first + list(islice(rest, max(size - len(first), 0)))
     items[:] = [*ordered, *rest]
 
+@pytest.fixture(autouse=True)
+def seeded():
+    "Each test draws the same numbers, whatever ran before it in its process"
+    import random
+    import numpy as np
+    import torch
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
 @pytest.fixture(scope='session')
 def slow(pytestconfig): return pytestconfig.getoption('--slow')
 

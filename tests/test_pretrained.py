@@ -28,7 +28,7 @@ def same(mine, theirs, x, tol, features=None):
     with torch.no_grad():
         ref = theirs(x)
         ref = getattr(ref, 'logits', ref)
-        assert ref.std() > 0.05
+        assert ref.std() > 0.01                     # a thousand times the tolerance
         close(mine(x), ref, tol)
         if features: close(mine.forward_features(x), features(x), tol)
 
