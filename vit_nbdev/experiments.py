@@ -88,17 +88,17 @@ def answers(
     value: str = 'accuracy',  # the column of the results
     overlap: float = 0.,      # of `paired`
 ) -> pd.DataFrame:            # a row a question; seconds are those of the shortest training of either setting
-    "Two settings at a time: what each reaches, their paired difference, and what they cost"
+    "Two settings at a time: what each reaches, their paired difference, and what they cost (– where nobody timed it)"
     rows = {}
     for question, (name, to) in questions.items():
         two = runs[runs.name.isin([name, to])]
         if name not in set(two.name): raise ValueError(f"there is no setting {name!r}")
         table = compare(two, to=to, value=value, overlap=overlap)
-        seconds = two.groupby('name').seconds.min()
+        seconds = two.groupby('name').seconds.min().map('{:.0f}'.format).replace('nan', '–')
         pairs = two.dropna(subset=value).groupby('seed').name.nunique().eq(2).sum()
         rows[question] = {value: table[value][name], 'instead of': table[value][to], 'pairs': pairs,
                           **table.loc[name].drop([value, 'n']),
-                          'least seconds': f'{seconds[name]:.0f}, {seconds[to]:.0f}'}
+                          'least seconds': f'{seconds[name]}, {seconds[to]}'}
     return pd.DataFrame(rows).T.fillna('')
 
 # %% ../nbs/04a_experiments.ipynb #46f0b769
@@ -150,7 +150,8 @@ def _describe(x):
         name = 'closure' if closure else 'lambda' if isinstance(x, FunctionType) else type(x).__name__
         raise TypeError(f"a {name} does not say what it was made with, so a changed one would not be noticed: "
                         "put a number, a name or functools.partial into the setting, and make the object in `train`")
-    return re.sub(r' at 0x[0-9a-f]+', '', str(x))
+    # without addresses; and a notebook is `__main__` in its kernel alone
+    return re.sub(r" at 0x[0-9a-f]+|(?<=<class ')__main__\.", '', str(x))
 
 # %% ../nbs/04a_experiments.ipynb #machine1
 def machine() -> str:  # such as 'AMD EPYC (AVX512)'

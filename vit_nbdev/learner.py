@@ -620,10 +620,10 @@ RECIPES = {
                             measured='98.94 ± 0.12 % (5 seeds), 141 s of one CPU thread; '
                                      'beside it a support vector machine 97.85 %, a small CNN 98.49 ± 0.16 % (17 % of '
                                      'the parameters)'),
-    'mnist':         Recipe('mnist',         'mnist',  epochs=20,  bs=128, augment=dict(max_shift=0.05),
-                            changes=_DEEP | dict(dim=88, mlp_ratio=2),
-                            measured='99.58 ± 0.04 % (5 seeds), 22 min on one CPU core; '
-                                     'beside it a support vector machine 97.85 %, the same without blocks '
+    'mnist':         Recipe('mnist',         'mnist',  epochs=20,  bs=128, lr=6e-3, augment=dict(max_shift=0.05),
+                            opt='muon', changes=_DEEP | dict(dim=88, mlp_ratio=2),
+                            measured='99.61 ± 0.03 % (5 seeds), 44 min on one CPU core; '
+                                     'beside it a support vector machine 97.85 %, the same without blocks (AdamW) '
                                      '99.62 ± 0.05 % (54 % of the parameters)'),
     'fashion_mnist': Recipe('fashion_mnist', 'mnist',  epochs=10,  bs=128, augment=_STILL,
                             changes=_DEEP | dict(dim=88, mlp_ratio=2),
