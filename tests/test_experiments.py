@@ -16,6 +16,8 @@ def test_a_pair_is_two_results():
     assert found.loc['one', columns].tolist() == table.loc['c', columns].tolist() == ['']*4
     assert found.loc['two', columns].tolist() == table.loc['a', columns].tolist()
     assert answers(runs, {'one': ('c', 'b')}).pairs.tolist() == [1]
+    untimed = runs.assign(seconds=runs.seconds.where(runs.name != 'a'))
+    assert answers(untimed, {'two': ('a', 'b')})['least seconds'].tolist() == ['–, 1']
 
 def test_pairs_that_are_all_equal():
     "They have no spread, so nothing is known of what could have been seen"
