@@ -247,10 +247,12 @@ def test_all_bad_pictures_are_named_at_once(tmp_path, monkeypatch):
     assert sum(images(f).values()) == 14 and sum(f['left_out'].values()) == 5
     assert f['left_out']["is of a format that pillow can't read here"] == 2
 
-def test_a_class_that_is_all_bad_is_no_class(tmp_path):
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_class_that_is_all_bad_is_no_class(tmp_path, capsys, stream):
     paint(tmp_path, 'a', 'b', 'c')
     for file in (tmp_path/'c').iterdir(): file.write_text('broken')
-    assert [c['name'] for c in facts(tmp_path, skip_bad=True)['classes']] == ['a', 'b']
+    assert [c['name'] for c in facts(tmp_path, skip_bad=True, stream=stream)['classes']] == ['a', 'b']
+    assert capsys.readouterr().out == 'classes without a picture that can be read are left out: c\n'
     for file in (tmp_path/'b').iterdir(): file.write_text('broken')
     with pytest.raises(ValueError, match=r"one class only \(a\) \(left out: 12 x can't be read as an image"):
         load(tmp_path, skip_bad=True)

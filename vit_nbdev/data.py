@@ -685,6 +685,10 @@ def _leave_out(bad, left_out):
     for file, why in bad.items():
         left_out.setdefault(why.replace(str(file), '', 1).split(':')[0].strip(), []).append(file)
 
+def _classes_of(found):
+    "All classes that a picture has"
+    return {c for _, labels in found.values() for own in labels for c in ([own] if isinstance(own, str) else own)}
+
 # %% ../nbs/03_data.ipynb #96994069
 def _unreadable(files, read):
     "Those of the files that `read` can't read, and why"
@@ -716,7 +720,7 @@ def _check_readable(*loaders):
 # %% ../nbs/03_data.ipynb #a29dfe4d
 def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, streaming, **kwargs):
     "Loaders of the files and labels `found` for each split; `stats`: mean and standard deviation are yet to be found"
-    n = sum(len(files) for files, _ in found.values())
+    n, classes = sum(len(files) for files, _ in found.values()), _classes_of(found)
     _check_memory(min(n, kwargs['bs']), prep, 'smaller batches')
     if _stream(n, prep, True if streaming and stream is None else stream):
         from vit_nbdev.photographs import stream_dls
@@ -735,6 +739,7 @@ def _file_dls(found, vocab_of, prep, stats, source, left_out, skip_bad, stream, 
         if stats: prep = replace(prep, **dict(zip(('mean', 'std'), channel_stats(data['train'][0]))))
         dls = tensor_dls(*data.values(), vocab, preprocessing=prep, **kwargs)
         sizes = np.concatenate([p.sizes for p in pictures.values()])
+    if gone := classes - set(vocab): print(f"classes without a picture that can be read are left out: {some(gone)}")
     dls.source = source | dict(left_out={why: len(paths) for why, paths in left_out.items()}, **_sizes(sizes, prep))
     if stream := getattr(dls, 'stream', None): dls.source['stream'] = stream
     return dls
