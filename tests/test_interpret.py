@@ -444,6 +444,14 @@ def test_preprocessing_as_dict_and_as_object():
     with pytest.raises(ValueError, match='preprocessing lacks img_size'):
         show_attention(model, x[0], preprocessing=dict(mean=[0.], std=[1.]))
 
+def test_the_frame_is_where_the_map_is():
+    "... also where the stem's grid is rounded up, so that a token has fewer pixels than `patch_size`"
+    model = vit('mnist', img_size=28, patch_size=8, stem='conv')
+    assert model.config.grid == (4, 4)
+    ax = show_heads(model.eval(), torch.randn(1, 28, 28), query=(1, 3)).axes[0]
+    (frame,) = ax.patches
+    assert frame.get_bbox().bounds == (21, 7, 7, 7) and ax.images[0].get_extent() == [0, 28, 28, 0]
+
 def test_show_heads_of_a_patch():
     model = make(pool='cls', n_registers=1, img_size=(8, 12))
     x = images(model)

@@ -83,6 +83,23 @@ def test_it_says_what_it_changed(capsys):
     torch.testing.assert_close(torch.Tensor(dls.valid.one_batch()[0]), (x - 128.)/64, atol=1e-5, rtol=1e-5)
     assert dls.preprocessing.scale == 1. and dls.preprocessing.mean == (128.,)
 
+@pytest.mark.parametrize('before, now, what', [
+    (('cat', 'dog'), ('cat', 'dog'), None), (('cat', 'dog'), ('apple', 'pear'), 'begins anew'),
+    (('cat', 'dog'), ('dog', 'cat'), 'begins anew'), (('0', '1'), ('cat', 'dog'), 'stays'),
+    (('cat', 'dog'), ('0', '1'), 'stays'), (('cat', 'dog'), ('a', 'b', 'c'), None)])
+def test_a_head_of_as_many_other_classes_begins_anew(before, now, what, capsys):
+    model = vit('digits', depth=1, n_classes=len(now))
+    nn.init.normal_(model.head.weight)
+    weight = model.head.weight.detach().clone()
+    model.preprocessing = Preprocessing(8, [0.5], [0.5], in_chans=1, labels=before)
+    split = torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) % len(now)
+    dls = tensor_dls(split, split, split, now, bs=4, device='cpu')
+    learn = vit_learner(dls, model)
+    assert learn.model.preprocessing.labels == now
+    said = [line for line in capsys.readouterr().out.splitlines() if 'the head' in line]
+    assert len(said) == (what is not None) and all(what in line for line in said)
+    assert torch.equal(model.head.weight, 0*weight if what == 'begins anew' else weight)
+
 def test_a_name_and_weights_are_one_too_many(trained):
     dls = digits_dls(device='cpu')
     with pytest.raises(ValueError, match="got a model .'S/16'. and pretrained weights: leave out one"):

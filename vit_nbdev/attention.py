@@ -10,7 +10,6 @@ __all__ = ['plot_attention', 'attention_weights', 'scaled_dot_product_attention'
 from contextlib import contextmanager, nullcontext
 
 import torch
-from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,7 +157,7 @@ def padding_mask(
 # %% ../nbs/00_attention.ipynb #888d760e
 def _kernel(q, k, v, attn_mask=None, **kwargs):
     "torch's fused attention; in float32 for gradients in bfloat16 on a CPU, where its backward pass is slow"
-    if v.dtype == torch.bfloat16 and v.device.type == 'cpu' and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and v.dtype == torch.bfloat16 and v.device.type == 'cpu':
         if attn_mask is not None and attn_mask.dtype != torch.bool: attn_mask = attn_mask.float()
         with torch.autocast('cpu', enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask, **kwargs)
@@ -275,7 +274,7 @@ def mix(self: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor|
     "Attention of each head, the heads side by side again `(b n dim)`, and the output projection"
     if mask is not None and mask.is_floating_point(): mask = mask.to(q.dtype)
     heads = self.attend(q, k, v, mask)                                  # (b h n head_dim)
-    return self.proj_drop(self.proj(self.out_norm(rearrange(heads, 'b h n d -> b n (h d)'))))
+    return self.proj_drop(self.proj(self.out_norm(heads.transpose(1, 2).flatten(2))))
 
 # %% ../nbs/00_attention.ipynb #29d29871
 def _check_context(attn, x, context):

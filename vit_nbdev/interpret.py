@@ -335,16 +335,16 @@ def show_heads(
     for layer, row in enumerate(axes):
         for h, ax in enumerate(row):
             im = draw_map(ax, heat[layer, h], pixels, vmax=heat.max().item())
-            if query is not None: _frame(ax, query[1] % cols, query[0] % rows, model.config.patch_size)
+            if query is not None: _frame(ax, query[1] % cols, query[0] % rows, x.shape[3]/cols, x.shape[2]/rows)
             if layer == 0: ax.set_title(f'head {h}', fontsize=8)
             if h == 0: ax.set_ylabel(f'block {layer}', fontsize=8)
     fig.colorbar(im, ax=axes, label='attention weight', shrink=0.9)
     return fig
 
-def _frame(ax, col, row, side):
-    "A frame around a patch"
+def _frame(ax, col, row, w, h):
+    "A frame around a patch of the map"
     from matplotlib.patches import Rectangle
-    ax.add_patch(Rectangle((col*side, row*side), side, side, fill=False, edgecolor='white', linewidth=1.5))
+    ax.add_patch(Rectangle((col*w, row*h), w, h, fill=False, edgecolor='white', linewidth=1.5))
 
 # %% ../nbs/06_interpret.ipynb #68344b29
 def plot_patch_filters(

@@ -314,10 +314,25 @@ def _statistics(*values):
 def _adopt(dls, model, loss):
     "A trained model learns the classes of these loaders, and these look at images as it does"
     normalise_as(dls, model.preprocessing)
+    before = model.preprocessing.labels
     if hasattr(dls, 'preprocessing'): model.preprocessing = dls.preprocessing
     elif vocab := getattr(dls, 'vocab', None):
         model.preprocessing = replace(model.preprocessing, labels=tuple(map(str, vocab)),
                                       several=isinstance(loss, BCEWithLogitsLossFlat))
+    _renew_head(model, before, model.preprocessing.labels)
+
+# %% ../nbs/04_learner.ipynb #lrn00003
+def _renew_head(model, before, now):
+    "The head of as many other classes begins anew; where one side has only numbers for names, it stays"
+    numbers = tuple(map(str, range(len(now))))
+    if before == now or len(before) != len(now) or not isinstance(getattr(model, 'head', None), nn.Linear): return
+    stays = numbers in (before, now)
+    if not stays:
+        for p in model.head.parameters(): nn.init.zeros_(p)
+    if not rank_distrib():
+        a, b = (f"{', '.join(labels[:2])}{', ...' if len(labels) > 2 else ''}" for labels in (before, now))
+        print(f'the head stays, of {a} for {b}: set model.head to zeros if these are other classes' if stays else
+              f'the head begins anew: it was of as many other classes ({a}; now {b})')
 
 # %% ../nbs/04_learner.ipynb #lrn00001
 FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)

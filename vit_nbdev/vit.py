@@ -14,7 +14,6 @@ from functools import partial
 from numbers import Integral
 
 import torch
-from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,8 +26,8 @@ from .transformer import ACTIVATIONS, NORMS, ROTARY, Encoder, FeedForward, Layer
 class PatchConv(nn.Conv2d):
     "A convolution whose stride is its kernel, computed as one matrix product, which is faster"
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h*p w*p)` -> `(b dim h w)`
-        p = self.stride[0]
-        patches = rearrange(x, 'b c (h p) (w q) -> b h w (c p q)', p=p, q=p)
+        (b, c, h, w), p = x.shape, self.stride[0]
+        patches = x.reshape(b, c, h//p, p, w//p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)   # (b h w c*p*p)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 # %% ../nbs/02_vit.ipynb #8f4ca2b5
@@ -272,7 +271,8 @@ def positions(self: ViT, h: int, w: int) -> Tensor:  # `(1 n_prefix+h*w dim)`
         if c.positions == 'sincos2d': grid = sincos_2d(h, w, c.dim)[None].to(grid)
         else: grid = resize_positions(grid, c.grid, (h, w), c.pos_resize)
         pos = torch.cat([slots, grid], dim=1)
-    return F.pad(pos, (0, 0, self.n_prefix - self._n_slots, 0))              # zeros for tokens without a position
+    bare = self.n_prefix - self._n_slots                                     # tokens without a position get zeros
+    return F.pad(pos, (0, 0, bare, 0)) if bare else pos
 
 @patch
 def embed(self: ViT, x: Tensor) -> Tensor:  # `(b n_prefix+n dim)`
