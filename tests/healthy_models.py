@@ -33,6 +33,16 @@ def timm_model(name, size=64, **kw):
     import timm
     return timm.create_model(name, pretrained=False, **kw), images(size)
 
+def timm_davit(name):
+    return timm_model(name, depths=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), num_heads=(1, 2, 4, 8), window_size=4)
+
+def transformers_deberta():
+    from transformers import DebertaV2Config, DebertaV2Model
+    config = DebertaV2Config(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                             intermediate_size=32, max_position_embeddings=32, type_vocab_size=0,
+                             relative_attention=True, pos_att_type=['c2p', 'p2c'], position_buckets=4)
+    return DebertaV2Model(config), torch.randint(3, 20, (4, 9), generator=torch.Generator().manual_seed(1))
+
 def transformers_vit():
     from transformers import ViTConfig, ViTForImageClassification
     config = ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=32,
@@ -75,7 +85,9 @@ HEALTHY = {
     'timm beit': lambda: timm_model('beit_base_patch16_224', img_size=64, depth=2, embed_dim=192, num_heads=3),
     'timm eva02': lambda: timm_model('eva02_tiny_patch14_224', size=56, img_size=56, depth=3),
     'timm convnext': lambda: timm_model('convnext_atto'),
+    'timm davit, channels scaled by the tokens': lambda: timm_davit('davit_base_fl'),
     'transformers ViT': transformers_vit,
+    'transformers DeBERTa-v2': transformers_deberta,
     'vit-pytorch ViT': lambda: vit_pytorch_model('ViT'),
     'vit-pytorch SimpleViT': lambda: vit_pytorch_model('SimpleViT'),
     'vit_nbdev ViT': our_vit,

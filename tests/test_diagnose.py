@@ -9,7 +9,8 @@ from torch import nn
 
 import healthy_models
 import planted_bugs as bugs
-from vit_nbdev.diagnose import CHECKS, diagnose
+from vit_nbdev.diagnose import CHECKS, Probe, check_overfit, diagnose
+from vit_nbdev.vit import ViT, ViTConfig
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -94,6 +95,13 @@ def test_zero_initialised_parts_hide_nothing_and_raise_no_alarm():
     model = bugs.ViT(attn=bugs.TorchAttention)
     nn.init.zeros_(model.head.weight)
     assert ('batch', 'blocks.0.attn') in [f[:2] for f in worse_than_notes(diagnose(model, **bugs.images(), show=False))]
+
+@pytest.mark.parametrize('seed', range(8))
+def test_a_model_of_four_channels_learns_two_examples(seed):
+    "Steps as far as a straight line goes jumped about, and were at the loss of one answer for both after 60 of them"
+    torch.manual_seed(seed)
+    config = ViTConfig(img_size=16, patch_size=4, in_chans=1, n_classes=5, dim=4, depth=2, n_heads=2)
+    assert check_overfit(Probe(ViT(config), **bugs.images())) == []
 
 # ---- nothing is left behind ----
 
@@ -614,14 +622,65 @@ class Softplus(Temperature):
 class OfQueries(Temperature):
     form, shape, early = staticmethod(torch.abs), (1,), True
 
+class Disentangled(bugs.Attention):
+    "Each score is a sum of three products, over content and distance, scaled as one (DeBERTa)"
+    terms, scaled_positions = 3, True
+    def __init__(self):
+        super().__init__()
+        self.far = nn.Parameter(torch.randn(1, 33, bugs.DIM))     # of 17 tokens
+        self.far_q, self.far_k = nn.Linear(bugs.DIM, bugs.DIM), nn.Linear(bugs.DIM, bugs.DIM)
+    def total(self, parts): return sum(parts)
+    def attend(self, q, k, v):
+        n, scale = q.shape[2], (self.terms*q.shape[-1])**-.5
+        far = (torch.arange(n)[:, None] - torch.arange(n) + n - 1).expand(*q.shape[:3], n)
+        places = [(q @ self.split(self.far_k(self.far)).mT).gather(-1, far),
+                  (k @ self.split(self.far_q(self.far)).mT).gather(-1, far).mT]
+        if self.scaled_positions: places = [part*scale for part in places]
+        return self.weights(self.total([q @ k.mT * scale, *places])) @ v
+
+class InPlace(Disentangled):
+    def total(self, parts):
+        scores = parts[0]
+        for part in parts[1:]: scores += part
+        return scores
+
+class Channels(bugs.Attention):
+    "The channels of a head attend to each other: q k sums over the tokens"
+    def scale(self, q): return q.shape[2]**-.5
+    def attend(self, q, k, v): return (self.weights(q.mT @ k * self.scale(q)) @ v.mT).mT
+
 class RightToLeft(bugs.Attention):
     def forward(self, x): return super().forward(x.flip(1)).flip(1)
 
-@pytest.mark.parametrize('attn', [Sink, Differential, OneKey, Temperature, Clamped, Softplus, OfQueries, RightToLeft])
+@pytest.mark.parametrize('attn', [Sink, Differential, OneKey, Temperature, Clamped, Softplus, OfQueries, RightToLeft,
+                                  Disentangled, InPlace, Channels])
 def test_right_attention_of_another_kind_raises_no_alarm(attn):
     report = diagnose(bugs.ViT(attn=attn), **bugs.images(), show=False)
     assert worse_than_notes(report) == []
     assert ('attention' in [f.check for f in report]) == (attn in (Sink, Differential))
+
+@pytest.mark.parametrize('wrong', [dict(terms=2), dict(scaled_positions=False)], ids=['for two', 'content alone'])
+def test_a_sum_of_products_with_a_wrong_scale_is_found(wrong):
+    attn = type('Wrong', (Disentangled,), wrong)
+    found = worse_than_notes(diagnose(bugs.ViT(attn=attn), **bugs.images(), show=False))
+    assert ('attention', 'blocks.0.attn', 'is the factor on q k, a sum of 8 products; expected 0.3536') in found
+
+class ChannelsByWidth(Channels):
+    def scale(self, q): return q.shape[-1]**-.5
+
+def test_channels_that_attend_are_scaled_by_the_tokens():
+    "By the width of a head the scores grow with the picture; what is said of that is true"
+    found = worse_than_notes(diagnose(bugs.ViT(attn=ChannelsByWidth), **bugs.images(), show=False))
+    assert found == [('attention', 'blocks.0.attn', 'is the factor on q k, a sum of 17 products; expected 0.2425')]
+
+def test_the_first_davit_scales_channels_by_the_width_of_a_head():
+    "As published; its later version, by the tokens, is among the healthy models"
+    pytest.importorskip('timm')
+    report = diagnose(*healthy_models.timm_davit('davit_tiny'), show=False)
+    found, = (f for f in report if f.severity != 'note')
+    assert (found.check, found.module, found.evidence) == ('attention', 'stages.0.blocks.0.1.attn', 16**-.5)
+    assert found.detail == 'is the factor on q k, a sum of 256 products; expected 0.0625'
+    assert 'the tokens if channels attend' in found.advice
 
 class Torn(bugs.Attention):
     "Only the queries, keys or values are split by a reshape"

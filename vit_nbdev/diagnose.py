@@ -650,6 +650,7 @@ class _Product:
     factor: float # what q k has been multiplied by; nan where that cannot be followed
     name: str     # module that computed it
     since: float = 1. # the part of `factor` that came after q and k met
+    width: int = 0 # how many numbers a score sums over, in this product and those of the same factor added to it
 
 @dataclass(eq=False)
 class _Attention:
@@ -694,6 +695,11 @@ class _Tags(TorchDispatchMode):
 
     def free(self, t): return _is_nan(self.tags.get(t.data_ptr()))
 
+    def summed(self, tags):
+        "The first product, which sums over more where another of the same factor is added"
+        a, b = (*(t for t in tags if isinstance(t, _Product)), None)[:2]
+        return replace(a, width=a.width + b.width) if b and math.isclose(a.factor, b.factor, rel_tol=.01) else a
+
     def softmaxed(self, out, axis, tag):
         w = out.float().movedim(axis, -1)
         top, low = (w.amax(-1), w.amin(-1)) if w.numel() else (w, w)
@@ -723,7 +729,7 @@ class Tape(_Tags):
         def number(tag):     # what this factor of the product has been multiplied by
             if isinstance(tag, _Product): return tag.since
             return tag if isinstance(tag, float) else 1.
-        return _Product(a, b, number(tag_a)*number(tag_b)*alpha, self.open[-1])
+        return _Product(a, b, number(tag_a)*number(tag_b)*alpha, self.open[-1], width=a.shape[-1])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op, given, kwargs = func.overloadpacket.__name__.rstrip('_'), tensors(args), kwargs or {}
@@ -735,8 +741,9 @@ class Tape(_Tags):
         elif op == 'baddbmm': tag = self.multiplied(*given[1:], *tags[1:], kwargs.get('alpha', 1), out)
         elif op in ('mul', 'div'): tag = self.scaled(op, args, tag)
         elif op in ('_softmax', '_safe_softmax'): tag = self.softmaxed(out, args[1], tag)
+        elif op in ('add', 'gather') and isinstance(tag, _Product): tag = self.summed(tags)
         elif op not in self.KEEP and not (op in self.FREE and _is_nan(tag)): tag = None
-        same = {t.data_ptr() for t in given} if op not in ('mul', 'div') else ()
+        same = {t.data_ptr() for t in given} if op not in ('mul', 'div', 'add') else ()
         for t in tensors(out):
             if t.data_ptr() in same: continue   # a view of what went in, or written in place: the tag stays
             self.tags.pop(t.data_ptr(), None)
@@ -800,6 +807,7 @@ def check_attention(p: Probe) -> list[Finding]:
     used = [a for a in tape.found if a.user is not None]
     for a in used:
         width = a.product.q.shape[-1] if a.product else 1
+        off = [abs(a.product.factor * w**.5 - 1) > .01 for w in (width, a.product.width)] if a.product else [False]
         if abs(a.total - 1) > .01 and (a.sink or a.mixed):
             add('note', a.user, a.total, 'is what the weights of a query sum to',
                 'Fine if a key is a sink, left out after the softmax, or for a difference of two softmaxes.')
@@ -807,9 +815,10 @@ def check_attention(p: Probe) -> list[Finding]:
             add('error', a.name if a.across else a.user, a.total, 'is what the weights of a query sum to; expected 1',
                 'The softmax runs over another axis than the keys.' if a.across else
                 'Something scales the weights after the softmax; scale or mask the scores before it.')
-        if a.product and not _normalised(a.product) and abs(a.product.factor * width**.5 - 1) > .01:
-            add('warning', a.product.name, a.product.factor, f'is the factor on q k; expected {width**-.5:.4g}',
-                'Divide q k by the root of the width of one head, once.')
+        if all(off) and not _normalised(a.product):
+            detail = f'is the factor on q k, a sum of {width} products; expected {width**-.5:.4g}'
+            add('warning', a.product.name, a.product.factor, detail,
+                'Divide q k by the root of that number, once: the width of a head, or the tokens if channels attend.')
         if a.keys == 1: continue
         if a.peak > .9: add('warning', a.name, a.peak, 'is the mean of the largest weight of a query: saturated',
                             'In a fresh model: is the scale missing, or the norm before the attention?')
@@ -1123,7 +1132,7 @@ def check_loss(p: Probe) -> list[Finding]:
 
 # %% ../nbs/07_diagnose.ipynb #94bb5562
 def _descend(weights, loss, size):
-    "One step, in place: RMSprop's direction, as far as a straight line needs to bring the loss to zero"
+    "One step, in place: RMSprop's direction, a quarter as far as a straight line needs to bring the loss to zero"
     grads = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]*len(weights)
     pairs = [(w, g) for w, g in zip(weights, grads) if g is not None and g.any()]
     ways, slope = [], 0.
@@ -1132,12 +1141,12 @@ def _descend(weights, loss, size):
         ways.append(g/(size[w].sqrt() + 1e-8))
         slope += (g*ways[-1]).sum().item()
     with torch.no_grad():
-        for (w, _), way in zip(pairs, ways): w.sub_(way, alpha=loss.item()/slope)
+        for (w, _), way in zip(pairs, ways): w.sub_(way, alpha=.25*loss.item()/slope)
     return bool(pairs)
 
 def check_overfit(
     p,       # `Probe`
-    steps=60 # at most; it ends as soon as the loss is low enough
+    steps=120 # at most; it ends as soon as the loss is low enough
 ) -> list: # of `Finding`
     "Two examples that cannot be learnt by heart (RMSprop's direction, and steps after Polyak, 1987)"
     if p.y is None or p.loss_func is None or not p.trained: return []
