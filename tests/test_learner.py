@@ -86,6 +86,7 @@ def test_it_says_what_it_changed(capsys):
 @pytest.mark.parametrize('before, now, what', [
     (('cat', 'dog'), ('cat', 'dog'), None), (('cat', 'dog'), ('apple', 'pear'), 'begins anew'),
     (('cat', 'dog'), ('dog', 'cat'), 'begins anew'), (('0', '1'), ('cat', 'dog'), 'stays'),
+    (('tench', 'goldfish'), ('n01440764', 'n01443537'), 'stays'), (('cat', 'dog'), ('00', '01'), 'stays'),
     (('cat', 'dog'), ('0', '1'), 'stays'), (('cat', 'dog'), ('a', 'b', 'c'), None)])
 def test_a_head_of_as_many_other_classes_begins_anew(before, now, what, capsys):
     model = vit('digits', depth=1, n_classes=len(now))

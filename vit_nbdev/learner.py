@@ -323,10 +323,9 @@ def _adopt(dls, model, loss):
 
 # %% ../nbs/04_learner.ipynb #lrn00003
 def _renew_head(model, before, now):
-    "The head of as many other classes begins anew; where one side has only numbers for names, it stays"
-    numbers = tuple(map(str, range(len(now))))
+    "The head of as many other classes begins anew; where one side has numbers for names (ImageNet's folders), it stays"
     if before == now or len(before) != len(now) or not isinstance(getattr(model, 'head', None), nn.Linear): return
-    stays = numbers in (before, now)
+    stays = any(all(re.fullmatch(r'n?\d+', name) for name in labels) for labels in (before, now))
     if not stays:
         for p in model.head.parameters(): nn.init.zeros_(p)
     if not rank_distrib():
