@@ -4,7 +4,7 @@
 __all__ = ['Difference', 'paired', 'compare', 'answers', 'read_trials', 'machine', 'trials', 'baselines', 'small_cnn']
 
 # %% ../nbs/04a_experiments.ipynb #e0ca96d3
-import json, platform, re, time
+import ast, json, platform, re, time
 from bisect import bisect_left
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
@@ -134,6 +134,12 @@ def _append(file, line=''):
         f.write(end + line)
 
 # %% ../nbs/04a_experiments.ipynb #describe
+def _is_literal(text):
+    "Does it read like something else than text: a number, None, a list?"
+    try: ast.literal_eval(text)
+    except (SyntaxError, ValueError): return False
+    return True
+
 def _describe(x):
     "A setting as text that is the same whenever the setting is; of a dataclass what differs from its defaults"
     if is_dataclass(x) and not isinstance(x, type):
@@ -144,6 +150,7 @@ def _describe(x):
     if isinstance(x, partial):
         given = [*map(_describe, x.args), *(f'{k}={_describe(v)}' for k, v in sorted(x.keywords.items()))]
         return f'{_describe(x.func)}({", ".join(given)})'
+    if isinstance(x, str) and _is_literal(x): return repr(x)          # '5' is another setting than 5
     plain = (str, Number, Path, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
     closure = getattr(x, '__closure__', None)
     if not isinstance(x, plain) or closure or getattr(x, '__name__', '') == '<lambda>':
