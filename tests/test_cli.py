@@ -98,7 +98,7 @@ def beside(recipe):
             size = 'parameters' if ledger == 'baselines' else 'params'
             share = ledgers[ledger].set_index('name')[size][name].iloc[0]/ours(recipe)
             part = f" ({100*share:.0f} % of the parameters{', ten epochs' if recipe == 'cifar10' else ''})"
-        if recipe in ('folder', 'photos') and 'CNN' in name: part = ' (both of other draws)'
+        if recipe in ('folder', 'photos') and 'CNN' in name: part = ' (both on other draws)'
         parts.append(f'{what} {found.mean():.2f}{spread} %{part}')
     return '; beside it ' + ', '.join(parts)
 

@@ -655,12 +655,12 @@ RECIPES = {
                             measured='47.68 ± 0.86 % (5 seeds; CIFAR-10, 100 a class and 100 to choose the epoch), '
                                      '102 s of one CPU thread; '
                                      'beside it a support vector machine 34.58 ± 0.70 %, a small CNN 49.86 ± '
-                                     '1.41 % (both of other draws)'),
+                                     '1.41 % (both on other draws)'),
     'photos':        Recipe('folder',        'photos', epochs=20,  bs=32,  lr=1e-3, keep_best=True,
                             augment=dict(pad_mode='reflection'),
                             measured='38.78 ± 2.14 % (5 seeds; the same, enlarged), 638 s of one CPU thread; '
                                      'beside it a support vector machine 34.58 ± 0.70 %, a small CNN 49.86 ± '
-                                     '1.41 % (both of other draws)'),
+                                     '1.41 % (both on other draws)'),
     # of five pairs of rate and decay, nbs/studies/fine_tuning.ipynb found none better (100 labels a class, one draw)
     'finetune':      Recipe('folder',        'S/16',   epochs=10,  bs=32,  **FINETUNE, augment=_WHOLE, keep_best=True,
                             measured='65.62 ± 1.72 % (5 seeds; 100 a class, as a study fine-tunes: a ViT-S/14 at 56 '

@@ -24,7 +24,7 @@ from .transformer import ACTIVATIONS, NORMS, ROTARY, Encoder, FeedForward, Layer
 
 # %% ../nbs/02_vit.ipynb #bdc327a3
 class PatchConv(nn.Conv2d):
-    "A convolution whose stride is its kernel, computed as one matrix product, which is faster"
+    "A convolution whose stride is its kernel, computed as one matrix product"
     def forward(self, x: Tensor) -> Tensor:  # images `(b c h*p w*p)` -> `(b dim h w)`
         (b, c, h, w), p = x.shape, self.stride[0]
         patches = x.reshape(b, c, h//p, p, w//p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)   # (b h w c*p*p)
