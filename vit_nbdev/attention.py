@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_attention', 'attention_weights', 'scaled_dot_product_attention', 'causal_mask', 'padding_mask', 'FusedAttention',
-           'rotate', 'MultiHeadAttention', 'record_attention']
+           'MultiHeadAttention', 'rotate', 'record_attention']
 
 # %% ../nbs/00_attention.ipynb #96377983
 from contextlib import contextmanager, nullcontext
@@ -181,18 +181,6 @@ class FusedAttention(nn.Module):
 
     def extra_repr(self): return f'dropout={self.dropout}'
 
-# %% ../nbs/00_attention.ipynb #2f85a91c
-def rotate(
-    x: Tensor,    # queries or keys `(b h n d)`
-    cos: Tensor,  # cosines of the angles `(m d)`, one row for each of the last `m` tokens
-    sin: Tensor,  # their sines `(m d)`
-) -> Tensor:      # `(b h n d)`, the tokens before the last `m` as they were
-    "Turn channel `i` against channel `i + d/2` (Su 2021, equation 34, with the halves of a head as pairs)"
-    front, x = x[..., :-len(cos), :], x[..., -len(cos):, :]
-    a, b = x.chunk(2, dim=-1)
-    turned = x*cos + torch.cat([-b, a], dim=-1)*sin
-    return torch.cat([front, turned.to(front.dtype)], dim=-2)
-
 # %% ../nbs/00_attention.ipynb #e9212bd4
 class MultiHeadAttention(nn.Module):
     "Several attentions side by side, each in its own projection of the input (Vaswani 2017, section 3.2.2)"
@@ -312,6 +300,52 @@ def _check_inputs(attn, x, context, mask, rotary=None):
                          f"Use ({n}, {m}) or four sizes that broadcast to ({b}, {attn.n_heads}, {n}, {m})")
     if mask.device != x.device: raise ValueError(f"x is on {x.device} but mask is on {mask.device}: move one of them")
 
+# %% ../nbs/00_attention.ipynb #2f85a91c
+def rotate(
+    x: Tensor,    # queries or keys `(b h n d)`
+    cos: Tensor,  # cosines of the angles `(m d)`, one row for each of the last `m` tokens
+    sin: Tensor,  # their sines `(m d)`
+) -> Tensor:      # `(b h n d)`, the tokens before the last `m` as they were
+    "Turn channel `i` against channel `i + d/2` (Su 2021, equation 34, with the halves of a head as pairs)"
+    front, x = x[..., :-len(cos), :], x[..., -len(cos):, :]
+    a, b = x.chunk(2, dim=-1)
+    turned = x*cos + torch.cat([-b, a], dim=-1)*sin
+    return torch.cat([front, turned.to(front.dtype)], dim=-2)
+
+# %% ../nbs/00_attention.ipynb #673ead3f
+def _attention_modules(model, names):
+    "The `MultiHeadAttention`s of `model` called `names`, or all of them, by name"
+    found = {name: m for name, m in model.named_modules() if isinstance(m, MultiHeadAttention)}
+    if not found: raise ValueError(f"{type(model).__name__} holds no MultiHeadAttention, so there is nothing to record")
+    unknown = ', '.join(sorted(set(names or []) - set(found)))
+    if unknown: raise ValueError(f"no attention module is called {unknown}; there are: {', '.join(found)}")
+    return {name: found[name] for name in names or found}
+
+@contextmanager
+def record_attention(
+    model: nn.Module,                  # any module that holds `MultiHeadAttention`s
+    names: list[str]|None = None,      # dotted names of those to record; default all
+    reduce=None,                       # what is kept of the weights of each `(b h n m)`; default: all of them
+):                                     # gives a dict `{name: weights (b h n m)}`, filled as the model runs
+    "Record what each attention attends to while the fused kernel goes on computing its output"
+    weights, handles = {}, []
+    def recorder(name):
+        def hook(module, args, out):
+            q, k, _, mask = args
+            with torch.no_grad():
+                found = attention_weights(q, k, mask)
+                weights[name] = found if reduce is None else reduce(found)
+        return hook
+    try:
+        for name, attn in _attention_modules(model, names).items():
+            handles.append(attn.attend.register_forward_hook(recorder(name)))
+        yield weights
+    finally:
+        for handle in handles: handle.remove()
+    if not weights:
+        raise RuntimeError("no attention module ran while recording: run the model inside the `with` block, "
+                           "and a compiled one uncompiled")
+
 # %% ../nbs/00_attention.ipynb #9d24f0b6
 def _shared_weights(ours, theirs):
     "Pairs of tensors, one of our module and one of torch's, that hold the same weights"
@@ -364,37 +398,3 @@ def to_torch(self: MultiHeadAttention, batch_first: bool = True) -> nn.Multihead
     with torch.no_grad():
         for mine, theirs in _shared_weights(self, new): theirs.copy_(mine)
     return new
-
-# %% ../nbs/00_attention.ipynb #673ead3f
-def _attention_modules(model, names):
-    "The `MultiHeadAttention`s of `model` called `names`, or all of them, by name"
-    found = {name: m for name, m in model.named_modules() if isinstance(m, MultiHeadAttention)}
-    if not found: raise ValueError(f"{type(model).__name__} holds no MultiHeadAttention, so there is nothing to record")
-    unknown = ', '.join(sorted(set(names or []) - set(found)))
-    if unknown: raise ValueError(f"no attention module is called {unknown}; there are: {', '.join(found)}")
-    return {name: found[name] for name in names or found}
-
-@contextmanager
-def record_attention(
-    model: nn.Module,                  # any module that holds `MultiHeadAttention`s
-    names: list[str]|None = None,      # dotted names of those to record; default all
-    reduce=None,                       # what is kept of the weights of each `(b h n m)`; default: all of them
-):                                     # gives a dict `{name: weights (b h n m)}`, filled as the model runs
-    "Record what each attention attends to while the fused kernel goes on computing its output"
-    weights, handles = {}, []
-    def recorder(name):
-        def hook(module, args, out):
-            q, k, _, mask = args
-            with torch.no_grad():
-                found = attention_weights(q, k, mask)
-                weights[name] = found if reduce is None else reduce(found)
-        return hook
-    try:
-        for name, attn in _attention_modules(model, names).items():
-            handles.append(attn.attend.register_forward_hook(recorder(name)))
-        yield weights
-    finally:
-        for handle in handles: handle.remove()
-    if not weights:
-        raise RuntimeError("no attention module ran while recording: run the model inside the `with` block, "
-                           "and a compiled one uncompiled")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'CHOICES', 'SIZES', 'PATCHES', 'SMALL', 'CONFIGS', 'PatchConv', 'PatchEmbedding', 'ConvStem', 'ViTConfig',
-           'resize_positions', 'AttentionPool', 'ViT', 'vit', 'vit_config']
+           'AttentionPool', 'ViT', 'resize_positions', 'vit', 'vit_config']
 
 # %% ../nbs/02_vit.ipynb #3bcf2e3d
 import json
@@ -77,23 +77,6 @@ class ConvStem(nn.Module):
         # channels last in memory: that is faster, and how the blocks want the tokens
         for conv in self.convs: x = conv(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         return self.proj(x).flatten(2).transpose(1, 2)
-
-# %% ../nbs/02_vit.ipynb #4af8e23d
-RESIZE = {   # `pos_resize`: arguments of F.interpolate                            as in
-    'bicubic_antialias': dict(mode='bicubic', antialias=True),                   # timm
-    'bicubic':           dict(mode='bicubic'),                                   # transformers
-    'bicubic_corners':   dict(mode='bicubic', align_corners=True),               # torchvision
-    'bicubic_offset':    dict(mode='bicubic', offset=0.1),                       # DINO, DINOv2: 0.1 patches more
-    'bilinear':          dict(mode='bilinear'),                                  # timm, from Google's files
-    'bilinear_antialias': dict(mode='bilinear', antialias=True),                 # SigLIP 2 of any size (NaFlex)
-    'bilinear_corners':  dict(mode='bilinear', align_corners=True),              # Google's own code
-    'bicubic_square':    dict(mode='bicubic', antialias=True, square=True),      # timm's NaFlex: from a square's corner
-    'bilinear_square':   dict(mode='bilinear', square=True),                     # RADIO
-    'bilinear_corners_square': dict(mode='bilinear', align_corners=True, square=True),    # RADIO's first ones
-}
-CHOICES = dict(pool=('cls', 'mean', 'map', 'cls+mean', 'prefix'), positions=('learned', 'sincos2d', 'none'),
-               stem=('patch', 'conv'), act=tuple(ACTIVATIONS), pos_resize=tuple(RESIZE), rotary=('none', *ROTARY),
-               inner_norms=('none', 'mlp', 'both'), norm=tuple(NORMS))
 
 # %% ../nbs/02_vit.ipynb #c88462a3
 # longer than 40 lines: a line for each field
@@ -172,24 +155,6 @@ def to_json(self: ViTConfig) -> str: return json.dumps(asdict(self))
 
 @patch(cls_method=True)
 def from_json(cls: ViTConfig, text: str): return _config(json.loads(text))
-
-# %% ../nbs/02_vit.ipynb #20534096
-def resize_positions(
-    pos: Tensor,                         # positions of a grid of patches `(1 h*w dim)`, row by row
-    old: tuple[int, int],                # the grid's rows and columns, `(h, w)`
-    new: tuple[int, int],                # the rows and columns that are wanted
-    method: str = 'bicubic_antialias',   # a key of `RESIZE`
-) -> Tensor:                             # `(1 new_h*new_w dim)`
-    "Stretch learned positions to another grid by interpolation (Dosovitskiy 2020, section 3.2)"
-    if tuple(old) == tuple(new): return pos
-    dtype = torch.promote_types(pos.dtype, torch.float32)        # bicubic needs float32 at least
-    image = pos.transpose(1, 2).unflatten(2, old).to(dtype)      # (1 dim h w)
-    kwargs = dict(RESIZE[method])
-    offset, square = kwargs.pop('offset', 0), kwargs.pop('square', False)
-    if offset: kwargs['scale_factor'] = [(n + offset)/o for n, o in zip(new, old)]
-    else: kwargs['size'] = (max(new), max(new)) if square else tuple(new)
-    h, w = new
-    return F.interpolate(image, **kwargs)[:, :, :h, :w].flatten(2).transpose(1, 2).to(pos.dtype)
 
 # %% ../nbs/02_vit.ipynb #7983b8d0
 class AttentionPool(nn.Module):
@@ -373,6 +338,23 @@ def _grid(x, config):
     _check_side('image width', shape[3], c)
     return -(-shape[2]//c.patch_size), -(-shape[3]//c.patch_size)
 
+# %% ../nbs/02_vit.ipynb #4af8e23d
+RESIZE = {   # `pos_resize`: arguments of F.interpolate                            as in
+    'bicubic_antialias': dict(mode='bicubic', antialias=True),                   # timm
+    'bicubic':           dict(mode='bicubic'),                                   # transformers
+    'bicubic_corners':   dict(mode='bicubic', align_corners=True),               # torchvision
+    'bicubic_offset':    dict(mode='bicubic', offset=0.1),                       # DINO, DINOv2: 0.1 patches more
+    'bilinear':          dict(mode='bilinear'),                                  # timm, from Google's files
+    'bilinear_antialias': dict(mode='bilinear', antialias=True),                 # SigLIP 2 of any size (NaFlex)
+    'bilinear_corners':  dict(mode='bilinear', align_corners=True),              # Google's own code
+    'bicubic_square':    dict(mode='bicubic', antialias=True, square=True),      # timm's NaFlex: from a square's corner
+    'bilinear_square':   dict(mode='bilinear', square=True),                     # RADIO
+    'bilinear_corners_square': dict(mode='bilinear', align_corners=True, square=True),    # RADIO's first ones
+}
+CHOICES = dict(pool=('cls', 'mean', 'map', 'cls+mean', 'prefix'), positions=('learned', 'sincos2d', 'none'),
+               stem=('patch', 'conv'), act=tuple(ACTIVATIONS), pos_resize=tuple(RESIZE), rotary=('none', *ROTARY),
+               inner_norms=('none', 'mlp', 'both'), norm=tuple(NORMS))
+
 # %% ../nbs/02_vit.ipynb #88da1ea1
 def _is_int(x, least): return isinstance(x, int) and not isinstance(x, bool) and least <= x < 2**31
 def _is_number(x, least=-1e38): return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x < 1e38
@@ -446,6 +428,24 @@ def _config(values):
     unknown = ', '.join(sorted(set(values) - set(known)))
     if unknown: raise TypeError(f"ViTConfig has no field {unknown}; its fields: {', '.join(known)}")
     return ViTConfig(**values)
+
+# %% ../nbs/02_vit.ipynb #20534096
+def resize_positions(
+    pos: Tensor,                         # positions of a grid of patches `(1 h*w dim)`, row by row
+    old: tuple[int, int],                # the grid's rows and columns, `(h, w)`
+    new: tuple[int, int],                # the rows and columns that are wanted
+    method: str = 'bicubic_antialias',   # a key of `RESIZE`
+) -> Tensor:                             # `(1 new_h*new_w dim)`
+    "Stretch learned positions to another grid by interpolation (Dosovitskiy 2020, section 3.2)"
+    if tuple(old) == tuple(new): return pos
+    dtype = torch.promote_types(pos.dtype, torch.float32)        # bicubic needs float32 at least
+    image = pos.transpose(1, 2).unflatten(2, old).to(dtype)      # (1 dim h w)
+    kwargs = dict(RESIZE[method])
+    offset, square = kwargs.pop('offset', 0), kwargs.pop('square', False)
+    if offset: kwargs['scale_factor'] = [(n + offset)/o for n, o in zip(new, old)]
+    else: kwargs['size'] = (max(new), max(new)) if square else tuple(new)
+    h, w = new
+    return F.interpolate(image, **kwargs)[:, :, :h, :w].flatten(2).transpose(1, 2).to(pos.dtype)
 
 # %% ../nbs/02_vit.ipynb #bffb42f2
 SIZES = {        # dim, depth, heads, feed-forward width over dim       published in
