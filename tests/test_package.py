@@ -1,5 +1,5 @@
 """The wheel holds everything, and the library runs with old and new fastai, and without what it does not need."""
-import os, shutil, subprocess, sys, tarfile, zipfile
+import os, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
 from pathlib import Path
@@ -90,6 +90,11 @@ def test_wheel_is_complete(wheel):
     needed = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(needed) == len(config['DEFAULT']['requirements'].split())
     assert not any(r.startswith(('nbdev', 'execnb', 'pytest')) for r in needed), needed
+    sources = [*(ROOT/'vit_nbdev').glob('*.py'), *(ROOT/'nbs').glob('*.ipynb'), *ROOT.glob('*.md')]
+    found = [re.findall(r'vit_nbdev\[([a-z,]+)\]', path.read_text(encoding='utf-8')) for path in sources]
+    named = {name for path in found for extras in path for name in extras.split(',')}
+    assert {'hub', 'onnx', 'datasets'} <= named
+    assert named | {'tensorboard', 'wandb'} <= set(meta.get_all('Provides-Extra')), 'pip would install nothing'
 
 def test_sdist_is_complete(tmp_path_factory):
     "What a wheel can be built from again"

@@ -82,6 +82,9 @@ def test_a_model_without_classes_gives_features(pictures, tmp_path):
     found = predict(model, pictures, features=True, device='cpu')
     assert len(found) == 24 and set(found[0]) == {'file', 'features'}
     assert found[0]['features'].shape == (model.config.dim,)
+    explain(model, sorted(pictures.rglob('*.png'))[:2], tmp_path/'page.html', overview=True, device='cpu')
+    page = (tmp_path/'page.html').read_text()
+    assert 'Beside each image: attention, rollout.' in page and 'Relevance' not in page
     save_model(model, tmp_path/'run', model.preprocessing)
     (tmp_path/'a.csv').write_text('the old one')
     with pytest.raises(SystemExit, match='names no classes for a table: leave out --csv'):
@@ -403,6 +406,19 @@ def test_logs_that_cant_be(wandb, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="log 'csw' is not known: use csv, tensorboard, wandb"):
         train(log='csw', device='cpu', out=tmp_path/'run')
     assert list(tmp_path.iterdir()) == []
+
+def test_what_is_in_the_way_is_said_before_weights_are_fetched(pictures, tmp_path, monkeypatch):
+    def begin(*_): raise AssertionError('it looked at the pictures first')
+    monkeypatch.setattr(runs, '_begin', begin)
+    monkeypatch.setattr(runs, 'find_spec', lambda name: None)
+    (tmp_path/'there').mkdir()
+    (tmp_path/'begun.part').mkdir()
+    for error, said, options in (
+            (FileExistsError, 'there exists: choose another --out', dict(out=tmp_path/'there')),
+            (FileExistsError, 'begun.part is an unfinished run', dict(out=tmp_path/'begun')),
+            (ImportError, '--log wandb needs wandb', dict(log='wandb')),
+            (ValueError, 'precision fp16 needs a GPU', dict(precision='fp16'))):
+        with pytest.raises(error, match=said): train(str(pictures), device='cpu', **options)
 
 # --- a page for many pictures ---
 

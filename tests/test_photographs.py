@@ -143,10 +143,10 @@ def test_what_a_sample_shows_is_said_of_the_sample(folder, monkeypatch):
     lines = fact_lines(describe(loaders(folder)))
     assert 'note: 5 of a sample of 5 training images show a single colour' in lines
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_a_picture_that_turns_unreadable(folder, workers):
+@pytest.mark.parametrize('workers, augment', [(0, []), (2, []), (0, False)])
+def test_a_picture_that_turns_unreadable(folder, workers, augment):
     "Its batch does without it, label and all, and says so; in validation it is an error as before"
-    dls = loaders(folder, skip_bad=True, workers=workers, bs=5)
+    dls = loaders(folder, skip_bad=True, workers=workers, bs=5, augment=augment)
     dls.train.drop_last = False
     ds = dls.train_ds
     bad = ds.x.file(3)
@@ -216,6 +216,15 @@ def test_digest(folder):
     ds.y[0] = 1 - ds.y[0]
     with open(ds.x.file(0), 'ab') as f: f.write(b'more')
     assert ds.digest() != before
+
+@pytest.mark.parametrize('stream', [True, False])
+def test_pictures_without_labels_can_be_shown(folder, stream):
+    import matplotlib.pyplot as plt
+    dls = folder_dls(folder, bs=4, augment=[], device='cpu', preprocessing=PREP, stream=stream)
+    plt.close('all')
+    dls.test_dl(sorted((folder/'a').iterdir())[:3]).show_batch()
+    assert sum(len(ax.images) for ax in plt.gcf().axes) == 3
+    plt.close('all')
 
 def test_test_dl_streams_files_and_keeps_images(folder):
     dls = loaders(folder)

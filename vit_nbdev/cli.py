@@ -127,7 +127,7 @@ TRAIN_GROUPS = {
     'output':         'tta log out force resume',
 }
 TRAIN_EXAMPLES = """examples:
-  vit_train                                  the digits of scikit-learn, in minutes, without a network
+  vit_train                                  the digits of scikit-learn, in about a minute, without a network
   vit_train --data pictures                  a folder with a folder of pictures for each class; photographs begin
                                              with published weights, where they can be fetched
   vit_train --data pictures --pretrained timm/vit_base_patch16_224.augreg_in21k_ft_in1k

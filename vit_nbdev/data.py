@@ -73,21 +73,25 @@ class ImageTensors:
         x = self.image_type(self.x[i])
         return (x,) if self.y is None else (x, self.label_type(self.y[i]))
     def decode(self, item, full=True):
+        if len(item) == 1: return item
         x, y = item
         if y.ndim == 0: return x, Category(self.vocab[int(y)])
         return x, MultiCategory([c for c, there in zip(self.vocab, y) if there > 0.5])
 
-    def digest(self) -> bytes:
-        "What changes with any pixel or label"
-        h = blake2b(self.x.contiguous().numpy(), digest_size=16)
-        h.update(self.y.contiguous().numpy())
-        return h.digest()
+# %% ../nbs/03_data.ipynb #digests1
+@patch
+def digest(self: ImageTensors) -> bytes:
+    "What changes with any pixel or label"
+    h = blake2b(self.x.contiguous().numpy(), digest_size=16)
+    h.update(self.y.contiguous().numpy())
+    return h.digest()
 
-    def also_in(self, other: 'ImageTensors') -> int:
-        "How many of these images are among the others, too"
-        def prints(x): return [blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in x]
-        known = set(prints(other.x))
-        return sum(p in known for p in prints(self.x))
+@patch
+def also_in(self: ImageTensors, other: ImageTensors) -> int:
+    "How many of these images are among the others, too"
+    def prints(x): return [blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in x]
+    known = set(prints(other.x))
+    return sum(p in known for p in prints(self.x))
 
 # %% ../nbs/03_data.ipynb #0d4b097c
 def _check_images(x, y, vocab):

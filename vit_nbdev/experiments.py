@@ -29,7 +29,7 @@ class Difference:
     detectable: float  # the smallest effect that such an experiment finds with a probability of 80 %
 
     @property
-    def verdict(self) -> str:  # higher, lower, not resolved (as always with fewer than five pairs), or all equal
+    def verdict(self) -> str:  # higher, lower, not resolved (as with fewer than five pairs that differ), or all equal
         if self.low == self.high == 0: return 'all equal'       # no spread: nothing is known of what was not seen
         if self.n < 5 or self.low <= 0 <= self.high: return 'not resolved'
         return 'higher' if self.low > 0 else 'lower'

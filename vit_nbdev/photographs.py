@@ -164,7 +164,7 @@ class StreamedImages(ImageTensors):
     "Image files and their labels: random crops as training data, the whole as the preprocessing has it otherwise"
     crop, seed, skip_bad = None, 0, False
     def __getitem__(self, i):
-        if self.split_idx or self.crop is None: return super().__getitem__(i)
+        if self.split_idx or self.crop is None and not self.skip_bad: return super().__getitem__(i)
         bad = {} if self.skip_bad and getattr(i, 'ndim', 0) == 1 else None
         x = self.x.take(i, self.crop, self.seed, bad)
         if bad:
@@ -222,7 +222,7 @@ class PictureCache:
         _claim(self.folder, _of_pixels(preprocessing))
 
     def read(self, file: Path, crop: RandomCrop|None, seed: int) -> Tensor:  # -> `(c h w)`
-        "As `Preprocessing` reads it; a crop is drawn in the reduced picture, so it is another one than `cropped` draws"
+        "As `Preprocessing` reads it; a crop is drawn in the picture as it is kept, so it may be none of `cropped`"
         if crop is None: return torch.from_numpy(np.array(self.get(file, 'whole', lambda: self.prep(file).numpy())))
         pixels = self.get(file, 'reduced', lambda: self._reduced(file))
         return _cut_out(pixels, *crop.draw(*pixels.shape[:2], seed), self.prep)
@@ -346,7 +346,8 @@ def stream_dls(
     tfms += L([small_affine()] if augment is True else augment or [])
     def loader(i, files, y):
         ds = StreamedImages(_pictures(files, prep, cache), y, vocab, split_idx=int(i > 0), preprocessing=prep)
-        if augment is not False and not i: ds.crop, ds.skip_bad = crop or RandomCrop(), skip_bad
+        if not i: ds.skip_bad = skip_bad
+        if augment is not False and not i: ds.crop = crop or RandomCrop()
         first = dict(shuffle=True, drop_last=len(ds) > bs) if i == 0 else {}
         return StreamDL(ds, bs=bs, after_batch=tfms, num_workers=workers, **first)
     dls = DataLoaders(*(loader(i, *split) for i, split in enumerate((train, valid, test))), device=device)

@@ -405,8 +405,9 @@ def _run_path(out):
 
 def _is_run(path): return path.is_dir() and ((path/'config.json').is_file() or not any(path.iterdir()))
 
-def _make_way(out, part, force):
-    "Make the folder of a new run, if nothing is in its way"
+def _check_way(out, force):
+    "Refuse a name for a new run that is taken"
+    part = out.with_name(f'{out.name}.part')
     if out.is_symlink() and not out.exists():
         raise FileExistsError(f"{out} is a link that leads nowhere: choose another --out")
     if out.exists() and not force:
@@ -417,6 +418,11 @@ def _make_way(out, part, force):
         with _locked(part): pass
     if part.exists() and not force:
         raise FileExistsError(f"{part} is an unfinished run: go on with --resume {out}, or --force to begin anew")
+
+# %% ../nbs/09_runs.ipynb #makeway1
+def _make_way(out, part, force):
+    "Make the folder of a new run, if nothing is in its way"
+    _check_way(out, force)
     try: part.mkdir(parents=True, exist_ok=force)
     except FileExistsError: raise OSError(f"another process has just begun {out}: choose another --out") from None
     except OSError as e: raise OSError(f"can't write to {out.parent} ({e.strerror}): choose another --out") from e
@@ -498,7 +504,7 @@ LOGS = ('csv', 'tensorboard', 'wandb')    # `metrics.csv` is written in any case
 
 def _check_logger(name):
     "ImportError if what draws the log is not installed"
-    if name != 'csv' and find_spec(name) is None:
+    if name in ('tensorboard', 'wandb') and find_spec(name) is None:
         raise ImportError(f"--log {name} needs {name}: pip install 'vit_nbdev[{name}]'")
 
 def _logger(name, part, settings):
@@ -824,6 +830,12 @@ def _check_precision(precision, device):
     if precision == 'fp16' and device.type != 'cuda':
         raise ValueError(f"precision fp16 needs a GPU, the device is {device}: use fp32, bf16 or auto")
 
+def _check_means(log, compile, precision, device):
+    "Refuse what is not to be had here, before anything is read or fetched"
+    _check_precision(precision, device)
+    if compile: _check_compiler(device)
+    _check_logger(log)
+
 # %% ../nbs/09_runs.ipynb #8bc8830f
 FEWEST_STEPS = 120    # of fine-tuning, where nobody names the epochs: few images are seen more often
 
@@ -914,15 +926,15 @@ def train(
             raise ValueError("--resume goes on in the folder it is given: leave out --out and --force")
         if given['pretrained'] == 'none': given['pretrained'] = ''        # as it is kept
         s, out = _resumed(resume, given)
+        _check_means(s['log'], s['compile'], s['precision'], device)
     else:
+        _check_means(log, compile, precision, device)
+        if out is not None and not rank_distrib(): _check_way(_run_path(out), force)
         given, start = _begin(given, device)
         s = _settings(**given)
         name = Path(s['path']).resolve().name if s['data'] == 'folder' else s['recipe']
         if _is_table(s['path']): name = Path(name).stem
         out = _free_name(Path('runs'), name.removesuffix('.part')) if out is None else _run_path(out)
-    _check_precision(s['precision'], device)
-    if s['compile']: _check_compiler(device)
-    _check_logger(s['log'])
     device = _join_processes(device)
     def say(text):
         if not rank_distrib(): print(text, flush=True)
@@ -1093,7 +1105,8 @@ def _overview(model, prep, pairs, target):
         with_glyphs(fig).savefig(jpeg, format='jpeg', dpi=70)
         src = f'data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}'
         pictures.append(dict(title=Path(name).name, note='', src=src))
-    about = f"Beside each image: {', '.join(methods)}. Relevance is for the class that is named above the image."
+    about = f"Beside each image: {', '.join(methods)}."
+    if 'relevance' in methods: about += " Relevance is for the class that is named above the image."
     return fill_page('report.html', title='What the model looks at', headline='', summary=about, pictures=pictures,
                      classes=[], settings={})
 

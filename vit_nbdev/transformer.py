@@ -43,7 +43,7 @@ def sincos_2d(
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
 # %% ../nbs/01_transformer.ipynb #92f17481
-ROTARY = {   # `rotary`: base of the frequencies, first patch of a side and size of a side (None: as many as it has)
+ROTARY = {   # `rotary`: base of the frequencies, and the number of a side's first patch (none: see `_places`)
     'dinov3':   dict(theta=100),                 # between -1 and 1, in full turns (Simeoni 2025)
     'eva02':    dict(theta=10000, first=0),      # on the grid of pretraining, whatever the image's own (Fang 2023)
     'pe':       dict(theta=10000, first=1),      # the same, from 1 on (Bolya 2025)
@@ -64,7 +64,7 @@ def rotary_2d(
     size: int|None = None,    # side of the grid of pretraining, of 'eva02' and 'pe'; None: places are not stretched
     device=None,              # where the angles are made
 ) -> tuple[Tensor, Tensor]:   # cosines and sines `(h*w head_dim)`, for `rotate`
-    "Angles for each place in a grid: rows turn one quarter of the pairs, columns the other (Heo 2024, section 3.2)"
+    "Angles for each place in a grid: rows turn half of the pairs, columns the other (Heo 2024, section 3.2)"
     if kind not in ROTARY: raise ValueError(f"kind={kind!r} is not known: choose one of {', '.join(ROTARY)}")
     if head_dim % 4: raise ValueError(f"head_dim={head_dim} must be divisible by 4: pairs for rows and for columns")
     theta, first = ROTARY[kind]['theta'], ROTARY[kind].get('first')
