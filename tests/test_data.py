@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from vit_nbdev import data
-from vit_nbdev.data import cifar10_dls, describe, fact_lines, find_images, folder_dls, left_out_line, mnist_dls
+from vit_nbdev.data import (cifar10_dls, describe, fact_lines, find_images, folder_dls, left_out_line, mnist_dls,
+                            tensor_dls)
 
 @pytest.fixture
 def fake_cifar(tmp_path, monkeypatch):
@@ -399,3 +400,11 @@ def test_one_folder_too_high(tmp_path):
     with pytest.raises(ValueError, match=r'one class only \(pets\).*; if the folders in .*pets are the classes'):
         load(tmp_path)
     assert len(facts(tmp_path/'pets')['classes']) == 2
+
+def test_arrays_that_are_no_images_are_said_to_be_none():
+    x, y = torch.randint(256, (8, 1, 6, 6), dtype=torch.uint8), torch.arange(8) % 2
+    good = (x, y)
+    for bad in (x[:, 0], x/255):
+        for splits in (((bad, y), good, good), (good, (bad, y), good)):
+            with pytest.raises(ValueError, match=r'expected uint8 \(n, c, h, w\)'): tensor_dls(*splits, ['a', 'b'])
+    with pytest.raises(ValueError, match='the test split has no labels'): tensor_dls(good, good, (x, None), ['a', 'b'])

@@ -9,8 +9,8 @@ from torch import nn
 
 import healthy_models
 import planted_bugs as bugs
-from vit_nbdev.diagnose import CHECKS, Probe, check_overfit, diagnose
-from vit_nbdev.vit import ViT, ViTConfig
+from vit_nbdev.diagnose import CHECKS, Probe, check_overfit, diagnose, other
+from vit_nbdev.vit import ViT, ViTConfig, vit
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -747,3 +747,19 @@ def test_a_norm_that_follows_the_weights_explains_a_difference_of_modes(norm):
     for _ in range(100): right(bugs.images()['x'])      # to where u and v stay
     assert worse_than_notes(diagnose(right, **bugs.images(), show=False)) == []
     assert ('modes', 'blocks.0.mlp') in [f[:2] for f in worse_than_notes(diagnose(wrong, **bugs.images(), show=False))]
+
+def test_bytes_from_black_to_white():
+    "Pixels as a file has them, through a model that divides them itself"
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = vit('S/16', img_size=16, patch_size=4, dim=16, depth=2, n_heads=2, n_classes=3)
+            nn.init.normal_(self.vit.head.weight)
+        def forward(self, x): return self.vit(x.float()/255 - 0.5)
+    torch.manual_seed(0)
+    x = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 0, 255
+    report = diagnose(Bytes().eval(), x)
+    assert report, report
+    whole = other(x, torch.ones(4, dtype=torch.bool))
+    assert (whole != x).all() and whole.dtype == torch.uint8

@@ -1,5 +1,6 @@
 """Exported files answer like the model, for any batch, and a failure leaves what was there as it was."""
 import json, shutil, sys, types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def hub(monkeypatch, tmp_path):
     hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
     def create(self, repo, **facts): (tmp_path/'hub'/repo).mkdir(parents=True, exist_ok=facts['exist_ok'])
     def upload(self, repo_id, folder_path): shutil.copytree(folder_path, tmp_path/'hub'/repo_id, dirs_exist_ok=True)
+    public = SimpleNamespace(names=set())
+    monkeypatch.setattr(hub.HfApi, 'repo_info', lambda self, repo: SimpleNamespace(private=repo not in public.names))
+    monkeypatch.setattr(hub, 'public', public.names, raising=False)
     monkeypatch.setattr(hub.HfApi, 'create_repo', create)
     monkeypatch.setattr(hub.HfApi, 'upload_folder', upload)
     monkeypatch.setattr(hub, 'snapshot_download', lambda name, **_: str(tmp_path/'hub'/name))
@@ -119,6 +123,15 @@ def test_a_run_comes_back_from_the_hub_as_it_was(run, hub, monkeypatch):
     settings = json.loads((hub/'me/digits/config.json').read_text())['settings']
     assert (settings['path'], settings['pretrained']) == ('pictures', 'weights')
     assert '/home/me' not in (hub/'me/digits/config.json').read_text()
+
+def test_a_public_repository_is_not_called_private(run, hub):
+    "The hub ignores `private` where the name is taken"
+    import huggingface_hub
+    huggingface_hub.public.add('me/open')
+    with pytest.raises(ValueError, match='me/open is on the hub already, and public'): push_to_hub(run, 'me/open')
+    assert not list((hub/'me/open').iterdir())
+    push_to_hub(run, 'me/open', private=False)
+    assert (hub/'me/open/config.json').is_file()
 
 def test_the_card_has_the_figures_of_the_run(run, hub, tmp_path):
     "What a stranger must know, and metadata that the hub can read; a card that was edited stays"

@@ -298,6 +298,30 @@ def test_a_point_is_the_folder_that_it_means(tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match=f'{tmp_path/name} exists: choose another --out'):
             train(device='cpu', epochs=1, out=out)
 
+def test_what_has_the_name_of_a_run_is_not_deleted(tmp_path, monkeypatch):
+    "Neither beside an unfinished run that goes on, nor if it is made while one trains; --force is remembered"
+    unfinished(tmp_path/'run', monkeypatch)
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'notes.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='run exists beside its unfinished run .*give one of them another name'):
+        train(resume=tmp_path/'run', device='cpu')
+    (tmp_path/'run').rename(tmp_path/'notes')
+    finish = runs._finish
+    def late(*args):
+        (tmp_path/'notes').rename(tmp_path/'run')
+        return finish(*args)
+    monkeypatch.setattr(runs, '_finish', late)
+    with pytest.raises(FileExistsError, match='run was made meanwhile: give it another name, and finish with'):
+        train(resume=tmp_path/'run', device='cpu')
+    assert (tmp_path/'run'/'notes.txt').read_text() == 'mine' and (tmp_path/'run.part'/'checkpoint.pt').is_file()
+    (tmp_path/'run').rename(tmp_path/'notes')
+    monkeypatch.setattr(runs, '_finish', finish)
+    run = train(resume=tmp_path/'run', device='cpu')
+    unfinished(run, monkeypatch, force=True, seed=1)
+    assert load_model(run)[1]['settings']['seed'] == 0
+    train(resume=run, device='cpu')
+    assert load_model(run)[1]['settings']['seed'] == 1 and not (run/'.replaces').exists()
+
 # --- Ctrl-C (43) ---
 
 def press(): signal.raise_signal(signal.SIGINT)

@@ -48,7 +48,7 @@ def test_finetune_trains_all_of_it(weights, pictures, capsys):
     after, config = trained(pictures, pretrained=str(weights))
     s, out = config['settings'], capsys.readouterr().out
     assert (s['recipe'], s['model'], s['pretrained']) == ('finetune', 'trained', str(weights))
-    assert 'hint' not in out and s['layer_decay'] == RECIPES['finetune'].layer_decay
+    assert 'hint' not in out and 'the head stays' not in out and s['layer_decay'] == RECIPES['finetune'].layer_decay
     assert f"layer decay {s['layer_decay']}, seed 0" in out
     assert all((before[k] != after[k]).any() for k in before if k.endswith('weight') and 'head' not in k)
     assert after['head.weight'].shape == (2, before['head.weight'].shape[1])

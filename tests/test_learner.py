@@ -1,5 +1,5 @@
 """Loaders, callbacks and checkpoints of a `ViTLearner`."""
-import os, pickle, time
+import os, pickle, time, warnings
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -206,6 +206,43 @@ def test_ema_trains_as_if_nobody_looked(some_digits):
         learn.fit(3, 3e-3, cbs=[trained := Trained()])
         ends.append(trained.weights)
     assert torch.equal(*ends)
+
+def test_a_look_within_a_fit_changes_no_average(some_digits):
+    "Another validation after each epoch; afterwards the trained weights go on, and the average with them"
+    class Look(Callback):
+        def after_epoch(self):
+            if not self.learn.validating: self.learn.validate(2)
+    ends = []
+    for cbs in ([EMA(0.9)], [EMA(0.9), Look()]):
+        set_seed(0)
+        learn = quick(some_digits(), *cbs)
+        learn.fit(3, 3e-3)
+        ends.append(weights(learn))
+    assert torch.equal(*ends)
+
+def test_the_average_of_a_fit_that_was_cut_off_stays_there(some_digits, tmp_path):
+    learn = quick(some_digits(), EMA(0.9), path=tmp_path)
+    learn.save('before')
+    before = weights(learn)
+    with pytest.raises(InterruptedError): learn.fit(2, 3e-3, cbs=Stop(1, 1))
+    learn.load('before')
+    learn.get_preds()
+    assert torch.equal(weights(learn), before)
+
+def test_a_checkpoint_after_half_precision(some_digits, tmp_path):
+    "The scaler of a fit in 16 bits is none of a later one in 32"
+    learn = quick(some_digits())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                              # that there is no GPU
+        learn.to_bf16().fit(1)
+    learn.to_fp32().fit(1, cbs=Checkpoint(tmp_path/'checkpoint.pt'))
+    assert load_checkpoint(tmp_path/'checkpoint.pt')['parts'] == {}
+
+def test_a_model_of_other_classes_than_the_loaders(some_digits):
+    for model in (vit('digits', n_classes=12), vit('digits', n_classes=3)):
+        with pytest.raises(ValueError, match='classes, and the loaders have 10: make or load it with n_classes=10'):
+            vit_learner(some_digits(), model)
+    vit_learner(some_digits(), vit('digits', n_classes=12), loss_func=nn.CrossEntropyLoss())     # who knows better
 
 class Trained(Callback):
     "The weights after the last step"

@@ -19,6 +19,7 @@ from vit_nbdev.cli import vit_explain, vit_predict, vit_serve
 from vit_nbdev.data import digits_dls, folder_dls
 from vit_nbdev.learner import Checkpoint, KeepBest, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
+from vit_nbdev.pretrained import load_pretrained
 from vit_nbdev.runs import (class_probabilities, explain, load_model, predict, predictions, save_model, train,
                             views)
 from vit_nbdev.serve import server
@@ -312,6 +313,8 @@ def test_views_are_averaged_and_said_beside_the_plain_figure(tmp_path, pictures,
     x = model.preprocessing.normalise(torch.stack([model.preprocessing(f) for f in files]))
     with torch.no_grad(): p = sum(model(v).softmax(1) for v in views(x, mirror=True))/10
     assert np.allclose([r['probabilities'] for r in found], p, atol=1e-6)
+    by_weights = predict(load_pretrained(out), files, tta=True)                # another way to the same run
+    assert np.allclose([r['probabilities'] for r in by_weights], p, atol=1e-6)
     plain = predict(out, files, device='cpu')
     assert max(abs(a['probability'] - b['probability']) for a, b in zip(found, plain)) > 1e-4
     for figure, results in dict(test_accuracy=plain, tta_accuracy=found).items():

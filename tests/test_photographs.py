@@ -532,6 +532,15 @@ def rows(folder):
     columns = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['a', 'b']))
     return datasets.Dataset.from_dict(dict(image=list(map(str, files)), label=[f.parent.name for f in files]), columns)
 
+@pytest.mark.parametrize('values', [[[0.5]*8]*8, [[300]*8]*8])
+def test_rows_of_numbers_that_are_no_pixels(values):
+    datasets = pytest.importorskip('datasets', reason='the extra `datasets` is not installed')
+    columns = datasets.Features(image=datasets.Sequence(datasets.Sequence(datasets.Value('float32' if values[0][0] < 1
+                                else 'int64'))), label=datasets.ClassLabel(names=['a', 'b']))
+    rows = datasets.Dataset.from_dict(dict(image=[values]*24, label=['a', 'b']*12), columns)
+    with pytest.raises(ValueError, match='expected whole numbers from 0 to 255'):
+        dataset_dls(rows, img_size=8, in_chans=1, bs=4, device='cpu')
+
 def test_rows_are_the_folder(folder, rows):
     "In memory and streamed, in this process and in others"
     how = dict(bs=4, augment=False, device='cpu', preprocessing=PREP)

@@ -279,3 +279,27 @@ def test_the_middle_of_which_a_part_is_kept_holds_the_image():
         Preprocessing(32, [.5], [.5], in_chans=1, keep=(10, 10))
     for resize_size in (None, 40):
         assert Preprocessing(32, [.5], [.5], in_chans=1, resize_size=resize_size).at_size(64).img_size == (64, 64)
+
+def png_of_16_bits(path, value):
+    "A PNG of 2 x 2 pixels of one colour, 16 bits each: pillow writes none"
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    rows = b''.join(b'\0' + struct.pack('>6H', *[value]*6) for _ in range(2))
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', 2, 2, 16, 2, 0, 0, 0))
+                     + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    return path
+
+def test_colours_of_16_bits(tmp_path):
+    "pillow reads the higher 8 of each, so a range that is meant for all 16 would make them black"
+    file = png_of_16_bits(tmp_path/'deep.png', 0x8000)
+    assert Preprocessing(2, HALF, HALF)(file).unique().tolist() == [0x80]
+    with pytest.raises(ValueError, match='deep.png has colours of 16 bits, of which pillow reads'):
+        Preprocessing(2, HALF, HALF, value_range=(0, 4095))(file)
+
+@pytest.mark.parametrize('kind', ['jpg', 'png', 'webp'])
+def test_a_damaged_note_of_the_camera_says_nothing(kind, tmp_path):
+    image = Image.new('RGB', (9, 7), 'red')
+    image.save(tmp_path/f'a.{kind}', dpi=(72, 72), exif=b'Exif\0\0' + bytes(8), lossless=True, quality=100)
+    x = Preprocessing((7, 9), HALF, HALF)(tmp_path/f'a.{kind}')
+    assert x.shape == (3, 7, 9) and x[0].min() > 250
+    with Image.open(tmp_path/f'a.{kind}') as im: assert torch.equal(Preprocessing((7, 9), HALF, HALF)(im), x)

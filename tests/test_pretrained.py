@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from test_vit import close, fill, images
 from vit_nbdev import pretrained
+from vit_nbdev.interpret import _names_classes, explore
 from vit_nbdev.preprocessing import Preprocessing
-from vit_nbdev.interpret import explore
 from vit_nbdev.pretrained import load_pretrained, to_timm, to_torchvision
 from vit_nbdev.runs import _as_weights_need
-from vit_nbdev.vit import ViT, ViTConfig, vit, vit_config
+from vit_nbdev.vit import ViT, ViTConfig, resize_positions, vit, vit_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -420,6 +420,7 @@ def test_heads_of_clip_with_a_bias(tmp_path):
         mine = load_pretrained(tmp_path)
         assert mine.preprocessing.labels == labels and mine.head.bias.any()
         assert any(line.startswith(said) for line in mine.report) == (labels == ())
+        assert mine.embeds == (labels == ()) != _names_classes(mine, mine.preprocessing)
         assert load_pretrained(tmp_path, n_classes=2).preprocessing.labels == ('0', '1')
     (tmp_path/'clip').mkdir()
     vision = dict(image_size=160, timm_model_name='test_vit', timm_pool='token', timm_proj=None)
@@ -706,6 +707,16 @@ def test_oblong_weights():
     with pytest.raises(ValueError, match=message): load_pretrained(theirs.state_dict())
     mine = load_pretrained(theirs.state_dict(), img_size=(24, 48))
     same(mine, theirs, pixels(24, 48), 1e-5)
+
+def test_an_oblong_size_with_as_many_patches_as_the_square():
+    "Of bare weights: the size that is wanted is not taken for that of the weights"
+    torch.manual_seed(0)
+    theirs = timm_model('augreg, deit', img_size=(32, 32))
+    w, p = theirs.state_dict(), theirs.patch_embed.patch_size[0]
+    mine = load_pretrained(w, img_size=(2*p, 8*p))
+    assert 32//p == 4 and mine.config.grid == (2, 8)
+    bent = resize_positions(w['pos_embed'][:, 1:], (4, 4), (2, 8), mine.config.pos_resize)
+    assert torch.equal(mine.pos_embed[:, 1:], bent) and any('adapted: pos_embed' in line for line in mine.report)
 
 # ---- bad input
 

@@ -1,5 +1,5 @@
 """A damaged run folder says so; it does not answer."""
-import json, re, sys
+import json, re, sys, warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -188,6 +188,25 @@ def test_an_interruption_ends_bf16(few_digits):
     with pytest.raises(KeyboardInterrupt):
         vit_learner(digits_dls(device='cpu'), 'digits', cbs=[runs.CPUBF16(), Callback(after_pred=stop)]).fit(1)
     assert not torch.is_autocast_enabled('cpu')
+
+def test_an_interruption_ends_mixed_precision_of_a_gpu(few_digits):
+    "Counted as torch counts it, also where there is no GPU"
+    def stop(_): raise KeyboardInterrupt
+    with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
+        warnings.simplefilter('ignore')                              # that there is no GPU
+        vit_learner(digits_dls(device='cpu'), 'digits', cbs=[runs.Mixed('bf16'), Callback(after_pred=stop)]).fit(1)
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    assert depth == 1
+
+def test_test_images_without_any_label(tmp_path):
+    "A label of which no image is left for the test counts for nothing, and the run is whole"
+    for i in range(20): Image.fromarray(np.full((8, 8), 12*i, np.uint8)).save(tmp_path/f'{i}.png')
+    rows = ['0.png,a;b', *(f'{i}.png,' for i in range(1, 20))]
+    (tmp_path/'labels.csv').write_text('name,label\n' + '\n'.join(rows))
+    run = runs.train(tmp_path/'labels.csv', delim=';', epochs=1, model='digits', img_size=8, device='cpu',
+                     out=tmp_path/'run')
+    assert load_model(run)[1]['mean_f1'] == 0
 
 def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))

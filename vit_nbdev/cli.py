@@ -202,7 +202,7 @@ def _line(result, labels, top):
     from vit_nbdev.report import percent
     likeliest = sorted(enumerate(result['probabilities']), key=lambda item: -item[1])
     likeliest = likeliest[:max(top, len(result.get('classes', [])))]
-    return f"{result['file']}: " + ', '.join(f'{labels[i]} ({percent(p, 1)})' for i, p in likeliest)
+    return f"{result['file']}: " + ', '.join(f'{labels[i] if labels else i} ({percent(p, 1)})' for i, p in likeliest)
 
 # %% ../nbs/10_cli.ipynb #ab2c5037
 def _free(file, force, ending):

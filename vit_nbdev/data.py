@@ -272,8 +272,10 @@ def tensor_dls(
 ) -> DataLoaders:                         # `.train`, `.valid` and, third, the test split; `.preprocessing`
     "fastai `DataLoaders` of images that are kept in memory"
     if bs < 1: raise ValueError(f"the batch size is {bs}, but must be at least 1")
-    for name, (_, y) in dict(training=train, validation=valid, test=test).items():
+    for name, (x, y) in dict(training=train, validation=valid, test=test).items():
+        if y is None: raise ValueError(f"the {name} split has no labels")
         if not len(y): raise ValueError(f"the {name} split holds no image")
+        _check_images(x, y, vocab)
     if preprocessing is None:
         _, c, h, w = train[0].shape
         preprocessing = Preprocessing((h, w), *channel_stats(train[0]), in_chans=c)

@@ -272,9 +272,10 @@ def other(
         spread = t.float().std()
         new = _noise(t) * (spread if spread > 0 else spread + 1).to(t) + t.float().mean().to(t)
     else:
-        low, span = t.min(), (t.max() - t.min()).clamp(min=1)
+        whole = t.long()                                    # the span of bytes and one more is no byte
+        low, span = whole.min(), (whole.max() - whole.min()).clamp(min=1)
         step = torch.randint(2**15, t.shape, generator=torch.Generator().manual_seed(170603762)).to(t.device) % span + 1
-        new = ((t - low + step) % (span + 1) + low).to(t.dtype)
+        new = ((whole - low + step) % (span + 1) + low).to(t.dtype)
     return torch.where(pick.to(t.device).reshape(*pick.shape, *[1]*(t.ndim - pick.ndim)), new, t)
 
 # %% ../nbs/07_diagnose.ipynb #982ab8bf

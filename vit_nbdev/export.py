@@ -221,7 +221,10 @@ def push_to_hub(
         if not (card := Path(folder)/'README.md').is_file():
             card.write_text(model_card(run, repo), encoding='utf-8', errors='backslashreplace')
         try:
-            HfApi().create_repo(repo, private=private, exist_ok=True)
+            HfApi().create_repo(repo, private=private, exist_ok=True)          # says nothing if it is there, and public
+            if private and not HfApi().repo_info(repo).private:
+                raise ValueError(f"{repo} is on the hub already, and public: make it private on its page, "
+                                 "choose another name, or say private=False")
             HfApi().upload_folder(repo_id=repo, folder_path=folder)
         except (errors.HTTPError, OSError) as e:
             status = getattr(getattr(e, 'response', None), 'status_code', None)

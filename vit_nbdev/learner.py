@@ -22,6 +22,7 @@ import torch
 from .data import RandAugment, RandomErase, small_affine   # the first to import fastai: it does so in silence
 import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_find, a bar and pictures of images
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
 from fastai.callback.tracker import ReduceLROnPlateau, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -325,6 +326,7 @@ def _adopt(dls, model, loss):
 def _renew_head(model, before, now):
     "The head of as many other classes begins anew; where one side has numbers for names (ImageNet's folders), it stays"
     if before == now or len(before) != len(now) or not isinstance(getattr(model, 'head', None), nn.Linear): return
+    if not any(p.any() for p in model.head.parameters()): return         # it is new
     stays = any(all(re.fullmatch(r'n?\d+', name) for name in labels) for labels in (before, now))
     if not stays:
         for p in model.head.parameters(): nn.init.zeros_(p)
@@ -332,6 +334,13 @@ def _renew_head(model, before, now):
         a, b = (f"{', '.join(labels[:2])}{', ...' if len(labels) > 2 else ''}" for labels in (before, now))
         print(f'the head stays, of {a} for {b}: set model.head to zeros if these are other classes' if stays else
               f'the head begins anew: it was of as many other classes ({a}; now {b})')
+
+def _check_classes(dls, model, loss):
+    "Refuse a model of another number of classes than the loaders have"
+    n, usual = get_c(dls), isinstance(loss, (CrossEntropyLossFlat, BCEWithLogitsLossFlat))
+    if n and usual and isinstance(model, ViT) and model.config.n_classes != n:
+        raise ValueError(f"the model has {model.config.n_classes} classes, and the loaders have {n}: "
+                         f"make or load it with n_classes={n}")
 
 # %% ../nbs/04_learner.ipynb #lrn00001
 FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)
@@ -352,6 +361,7 @@ def vit_learner(
     model = _build(dls, model, pretrained)
     prep = getattr(model, 'preprocessing', None)
     loss, usual = _loss(dls, label_smoothing)
+    if 'loss_func' not in kwargs: _check_classes(dls, model, loss)
     if prep is not None: _adopt(dls, model, loss)
     fresh = pretrained is None and prep is None
     if lr is None: lr = 3e-3 if fresh else FINETUNE['lr']
@@ -408,13 +418,14 @@ def lr_find(self: ViTLearner, start_lr=1e-7, end_lr=10, *args, **kwargs):
 # %% ../nbs/04_learner.ipynb #69c0f83b
 class EMA(Callback):
     "Validate with an exponential moving average of the weights, and end with it (Polyak 1992)"
-    order = 60
+    of_the_fit, order = True, 60
     def __init__(self,
         decay: float = 0.999,  # the average reaches back about `1/(1 - decay)` steps; less at the start
     ): self.decay = decay
 
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds'): return
+        vars(self).pop('live', None)                                 # of a fit that was cut off
+        if _no_fit(self.learn) or hasattr(self, 'gather_preds'): return
         state = get_model(self.learn.model).state_dict().values()
         self.live = [v for v in state if v.is_floating_point()]      # the rest are BatchNorm's counts
         self.average, self.n, self.shown = [v.clone() for v in self.live], 0, False
@@ -788,7 +799,8 @@ def _parts(learn):
         name = type(cb).__name__
         while name in parts: name += "'"
         if part := _part(cb): parts[name] = part
-    return parts | ({'GradScaler': learn.scaler} if hasattr(learn, 'scaler') else {})
+    scaled = any(isinstance(cb, MixedPrecision) for cb in learn.cbs)      # a scaler outlives its callback
+    return parts | ({'GradScaler': learn.scaler} if scaled else {})
 
 # %% ../nbs/04_learner.ipynb #81eeff3b
 class Checkpoint(Callback):

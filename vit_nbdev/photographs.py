@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .preprocessing import Preprocessing, open_image
+from .preprocessing import Preprocessing, _turned, open_image
 
 # %% ../nbs/03a_photographs.ipynb #af60f508
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RandomCrop:
 # %% ../nbs/03a_photographs.ipynb #7f474c90
 def _on_its_side(im):
     "Has a camera noted that the picture was held on its side, and is its size still that of before?"
-    noted = im.getexif().get(0x0112) in (5, 6, 7, 8)
+    noted = _turned(im) in (5, 6, 7, 8)
     if im.format != 'TIFF': return noted
     return noted and im.size == (im.tag_v2[256], im.tag_v2[257])      # newer versions of pillow turn it at once
 
@@ -385,7 +385,11 @@ class PictureRows(PictureFiles):
     def image(self, i):
         try: im = self.dataset[int(self.names[i])][self.column]
         except (OSError, ValueError, SyntaxError) as e: raise ValueError("it can't be read as an image") from e
-        return im if isinstance(im, Image.Image) else np.asarray(im, dtype=np.uint8)
+        if isinstance(im, Image.Image): return im
+        a = np.asarray(im)
+        if a.dtype.kind not in 'bui' or a.size and not 0 <= a.min() <= a.max() <= 255:
+            raise ValueError(f"it holds {a.dtype}, expected whole numbers from 0 to 255")
+        return a.astype(np.uint8)
     def content(self, i): return np.asarray(self.image(i)).tobytes()
     def n_bytes(self, i): return len(self.content(i))
     def read(self, i, crop=None, seed=0):

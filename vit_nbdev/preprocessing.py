@@ -234,10 +234,11 @@ def open_image(
     try:
         with Image.open(path) as im:
             several = getattr(im, 'is_animated', False) and im.format != 'MPO'    # a camera's, with its preview
+            deep = im.mode[0] not in 'IF' and any(';16' in str(tile[3]) for tile in im.tile)
             if opened: opened(im)
             im.load()
             upright = _upright(im)
-            upright.filename = str(file)
+            upright.filename, upright.deep = str(file), deep      # colours of 16 bits, of which pillow keeps 8
     except MemoryError: raise
     except Image.DecompressionBombError as e:
         raise ValueError(f"{file} has too many pixels to be read safely ({e}): make it smaller") from e
@@ -257,6 +258,9 @@ def _in_channels(prep, image):
     elif isinstance(image, Image.Image): im, name = _upright(image), getattr(image, 'filename', '') or 'the image'
     elif isinstance(image, (str, Path)): im, name = open_image(image), str(image)
     else: raise TypeError(f"got a {type(image).__name__}, expected an image file, a PIL image or a uint8 array (h w c)")
+    if prep.value_range and getattr(im, 'deep', False):
+        raise ValueError(f"{name} has colours of 16 bits, of which pillow reads the higher 8: convert it to 8 bits, "
+                         "and leave out value_range (--value_range)")
     if not all(im.size): raise ValueError(f"{name} has no pixels: {im.height} x {im.width}")
     if prep.in_chans not in (1, 3):
         raise ValueError(f"in_chans={prep.in_chans}: images are read as 1 channel (grey) or 3 (colour)")
@@ -269,9 +273,14 @@ def _in_channels(prep, image):
     try: return im if im.mode == mode else im.convert(mode)
     except ValueError as e: raise ValueError(f"{name} has colours of the kind {im.mode}: convert it to RGB") from e
 
+def _turned(im: Image.Image) -> int:    # 1: not at all; 5 to 8: on its side
+    "How the camera was held, as it noted; a damaged note says nothing"
+    try: return im.getexif().get(0x0112, 1)
+    except Exception: return 1       # pillow has an error of its own for each kind of damage
+
 def _upright(im):
     "An image as its camera was held; if it says nothing of that, or no longer, the image itself"
-    if im.getexif().get(0x0112, 1) == 1: return im
+    if _turned(im) == 1: return im
     upright = ImageOps.exif_transpose(im)       # without the note
     upright.format = im.format
     return upright

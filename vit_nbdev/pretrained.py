@@ -249,14 +249,16 @@ def _depth(w):
     return 1 + max(int(m[1]) for name in w if (m := re.match(r'encoder\.blocks\.(\d+)\.', name)))
 
 # %% ../nbs/05_pretrained.ipynb #116d2294
-def _grid(n, n_prefix, patch_size, img_size):
+def _grid(n, n_prefix, patch_size, told, wanted=None):
     "Rows and columns of patches for `n` positions, and whether tokens in front have positions, too"
     sizes = {n: False, n - n_prefix: True}        # number of patches: do tokens in front have a position?
-    if img_size:
+    def of(img_size):
         h, w = (s//patch_size for s in ((img_size, img_size) if isinstance(img_size, int) else img_size))
-        if h*w in sizes: return (h, w), sizes[h*w]
+        return ((h, w), sizes[h*w]) if h*w in sizes else None
+    if told and (found := of(told)): return found
     for patches, slots in sizes.items():
         if patches > 0 and (side := round(patches**0.5))**2 == patches: return (side, side), slots
+    if wanted and (found := of(wanted)): return found     # the last: other sides may have as many patches as a square
     raise ValueError(f"there are {n} positions, and neither {' nor '.join(map(str, sizes))} patches make a square: "
                      "say img_size=(height, width) of the weights")
 
@@ -321,7 +323,7 @@ def _places(w, values, told, changes):
     p, size = values['patch_size'], told.get('img_size', changes.get('img_size', 224))
     if values['positions'] == 'learned':
         n_prefix = sum(w[name].shape[1] for name in ('cls_token', 'registers') if name in w)
-        grid, slots = _grid(w['pos_embed'].shape[1], n_prefix, p, told.get('img_size', changes.get('img_size')))
+        grid, slots = _grid(w['pos_embed'].shape[1], n_prefix, p, told.get('img_size'), changes.get('img_size'))
         return dict(img_size=tuple(side*p for side in grid), prefix_positions=slots)
     if values.get('rotary', 'none') == 'none' and 'positions' not in told | changes:
         raise ValueError("there are no positions among the weights: if the model has none, pass positions='none'; "
@@ -638,7 +640,8 @@ def _facts(folder, file=''):
         if 'auto_map' in c: raise ValueError("config.json asks to run code of its own (auto_map), which is never done")
         if 'preprocessing' not in c: return {}
         prep = Preprocessing.from_dict(c['preprocessing'], f"preprocessing in {folder/'config.json'}")
-        return dict(config=dict(c['model']), prep=prep, labels=list(prep.labels))
+        mirrors = isinstance(settings := c.get('settings'), dict) and settings.get('flip') is True
+        return dict(config=dict(c['model']), prep=prep, labels=list(prep.labels), mirrors=mirrors)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as e:
         raise ValueError(f"the .json files in {folder} hold a value of a wrong kind ({e}): fetch them again") from e
 
@@ -987,6 +990,8 @@ def load_pretrained(
     report += done + _adapt(w, old, new)
     model = _build(new, w)
     model.preprocessing = _preprocessing(origin, facts, old, new, changes)
+    model.embeds = not model.preprocessing.labels            # the head leads into the space that CLIP's texts share
+    model.mirrors = facts.get('mirrors', False)              # for `views`
     if 'prep' not in facts: assumed |= ORIGINS[origin]['prep']
     if 'no_processor' in facts: assumed |= {k: getattr(model.preprocessing, k) for k in _OF_IMAGES}
     values = ', '.join(f'{k}={v!r}' for k, v in assumed.items())

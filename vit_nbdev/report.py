@@ -80,7 +80,7 @@ def mean_f1(
 ) -> float:               # from 0 to 1
     "The mean of the labels' F1: 1 if each was given to its images and to no other; a label without images has none"
     each = [2*r['right']/(r['n'] + r['said']) for r in results if r['n']]
-    return sum(each)/len(each)
+    return sum(each)/len(each) if each else 0.
 
 # %% ../nbs/08_report.ipynb #815302d9
 def figure(**kwargs) -> Figure:

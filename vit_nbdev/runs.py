@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOADERS', 'WEIGHTS', 'PHOTOGRAPH', 'LOGS', 'FEWEST_STEPS', 'get_device', 'check_positive', 'Diverged', 'EpochLines',
            'MetricsFile', 'save_model', 'load_model', 'learner_preprocessing', 'save_run', 'views',
-           'class_probabilities', 'CPUBF16', 'train', 'image_files', 'trained_model', 'predictions', 'predict',
+           'class_probabilities', 'CPUBF16', 'Mixed', 'train', 'image_files', 'trained_model', 'predictions', 'predict',
            'explain']
 
 # %% ../nbs/09_runs.ipynb #b29b6f0b
@@ -30,6 +30,7 @@ import torch
 from .data import (IMAGES, _RUN_FILES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines,
                             fashion_mnist_dls, find_images, folder_dls, mnist_dls, table_dls)
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.learner import Learner
@@ -337,8 +338,13 @@ def _run_folder(out, force, resume):
         return
     if not resume: _make_way(out, part, force)
     with _locked(part):
-        if not resume: _empty(part)
+        replaces = part/'.replaces'         # kept for who resumes it: `out` may be replaced
+        if not resume:
+            _empty(part)
+            if force: replaces.touch()
         elif not (part/'checkpoint.pt').is_file(): raise FileNotFoundError(f"{part}: its checkpoint is gone")
+        elif out.exists() and not replaces.exists():
+            raise FileExistsError(f"{out} exists beside its unfinished run {part}: give one of them another name")
         try: yield part
         except BaseException as e:
             with _undisturbed():
@@ -350,9 +356,14 @@ def _run_folder(out, force, resume):
                 raise KeyboardInterrupt(f"stopped by Ctrl-C after {_epochs(part)} epochs; {hint}" if kept else
                       "stopped by Ctrl-C before the first epoch was complete: nothing was kept") from None
         with _undisturbed():
+            if out.exists() and not (replaces.exists() and _is_run(out)):
+                raise FileExistsError(f"{out} was made meanwhile: give it another name, and finish with: "
+                                      f"vit_train --resume {shlex.quote(str(out))}")
+            replaces.unlink(missing_ok=True)
             _put_in_place(part, out)
             for file in out.glob('checkpoint.pt*'): file.unlink()
 
+# %% ../nbs/09_runs.ipynb #inplace1
 def _epochs(part): return load_checkpoint(part/'checkpoint.pt')['epoch']
 
 def _put_in_place(part, out):
@@ -836,6 +847,12 @@ def _check_means(log, compile, precision, device):
     if compile: _check_compiler(device)
     _check_logger(log)
 
+# %% ../nbs/09_runs.ipynb #mixed001
+class Mixed(MixedPrecision):
+    "fastai's mixed precision for GPUs, which leaves autocast after an error in the middle of a batch, too"
+    def before_batch(self): self.learn.batch_stack.enter_context(self.autocast)
+    def after_loss(self): self.learn.batch_stack.close()
+
 # %% ../nbs/09_runs.ipynb #8bc8830f
 FEWEST_STEPS = 120    # of fine-tuning, where nobody names the epochs: few images are seen more often
 
@@ -862,7 +879,7 @@ def _prepare(s, device, part, fewest=0):
     if s['compile']: learn.model.compile()
     if s['precision'] != 'fp32':
         if device.type == 'cpu': learn.add_cb(CPUBF16())
-        else: learn = getattr(learn, f"to_{s['precision']}")()
+        else: learn.add_cb(Mixed(s['precision']))
     torch.manual_seed(s['seed'] + rank_distrib())    # each process augments in its own way
     return r, dls, test, learn
 
