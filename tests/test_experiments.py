@@ -78,3 +78,9 @@ def test_two_processes_share_a_ledger(tmp_path):
     trials(double, dict(a=dict(x=2)), tmp_path/'other.jsonl', seeds=range(1))
     file.write_text(file.read_text() + (tmp_path/'other.jsonl').read_text())
     with pytest.raises(ValueError, match="has 'a' with other settings"): trials(double, dict(a=dict(x=1)), file)
+
+def test_a_name_that_no_line_can_hold(tmp_path):
+    def never(seed): raise AssertionError('trained')
+    with pytest.raises(TypeError, match="can't be a setting's name: use text or a number"):
+        trials(never, {('S/16', 0.1): {}}, tmp_path/'ledger.jsonl')
+    assert not list(tmp_path.iterdir())

@@ -141,7 +141,8 @@ def test_the_card_has_the_figures_of_the_run(run, hub, tmp_path):
     assert facts['model-index'][0]['results'][0]['metrics'] == [dict(type='accuracy', value=config['test_accuracy'])]
     assert facts['library_name'] == 'vit_nbdev' and 'license' not in facts and '\n# license: yours to say' in card
     plain, balanced, tta = (f"{100*config[f'{name}_accuracy']:.2f} %" for name in ('test', 'balanced', 'tta'))
-    for words in (f'{plain} of 360 test images', f'classes is {balanced}', f'views of each image: {tta}', 'with seed 0',
+    for words in (f'{plain} of 360 test images', f"classes' accuracies is {balanced}",
+                  f'views of each image: {tta}', 'with seed 0',
                   "load_pretrained('me/my-digits')", 'Kept is epoch 1 of 1', '- img_size: (8, 8)', '- batch size: 128',
                   '- recipe: digits'):
         assert words in card, words
@@ -160,7 +161,7 @@ def test_the_card_has_the_figures_of_the_run(run, hub, tmp_path):
     assert (hub/'me/my-digits/README.md').read_text() == (run/'README.md').read_text() == 'mine'
     del config['balanced_accuracy']                     # of a run that says less, the card says no more
     (run/'config.json').write_text(json.dumps(config))
-    assert 'of the classes is' not in (card := model_card(run, 'me/x')) and ' %). This is one training' in card
+    assert "of the classes' accuracies" not in (card := model_card(run, 'me/x')) and ' %). This is one training' in card
 
 def test_a_run_that_was_never_tested_says_so(run, hub, tmp_path):
     model, _ = load_model(run)

@@ -13,6 +13,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
 from fastai.learner import Recorder
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import OptimWrapper
@@ -22,6 +23,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
 from vit_nbdev.learner import (EMA, RECIPES, Checkpoint, HeadFirst, KeepBest, Threads, _judge, _left_over,
@@ -243,6 +245,22 @@ def test_a_model_of_other_classes_than_the_loaders(some_digits):
         with pytest.raises(ValueError, match='classes, and the loaders have 10: make or load it with n_classes=10'):
             vit_learner(some_digits(), model)
     vit_learner(some_digits(), vit('digits', n_classes=12), loss_func=nn.CrossEntropyLoss())     # who knows better
+    other = vit('digits', n_classes=12)
+    other.head = nn.Linear(other.config.dim, 10)
+    vit_learner(some_digits(), other)
+    sets = [TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 2)]*2
+    plain = DataLoaders.from_dsets(*sets, bs=4, device='cpu')
+    with pytest.raises(ValueError, match="don't say how many classes there are: set dls.vocab or dls.c"):
+        vit_learner(plain, 'digits')
+    vit_learner(plain, vit('digits'))
+    plain.c = 2
+    assert vit_learner(plain, 'digits').model.config.n_classes == 2
+
+def test_a_model_of_other_classes_mirrors_none_of_them(some_digits):
+    model = vit('digits').eval()
+    model.preprocessing, model.mirrors = replace(some_digits().preprocessing, labels=tuple('abcdefghij')), True
+    vit_learner(some_digits(), model)
+    assert not model.mirrors
 
 class Trained(Callback):
     "The weights after the last step"

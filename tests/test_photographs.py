@@ -541,6 +541,13 @@ def test_rows_of_numbers_that_are_no_pixels(values):
     with pytest.raises(ValueError, match='expected whole numbers from 0 to 255'):
         dataset_dls(rows, img_size=8, in_chans=1, bs=4, device='cpu')
 
+def test_rows_of_black_and_white():
+    datasets = pytest.importorskip('datasets', reason='the extra `datasets` is not installed')
+    columns = datasets.Features(image=datasets.Sequence(datasets.Sequence(datasets.Value('bool'))))
+    rows = datasets.Dataset.from_dict(dict(image=[[[True, False]]*2]), columns)
+    prep = Preprocessing(2, [0.5], [0.5], in_chans=1)
+    assert torch.equal(PictureRows(rows, 'image', [0], prep).read(0), prep(np.array([[True, False]]*2)))
+
 def test_rows_are_the_folder(folder, rows):
     "In memory and streamed, in this process and in others"
     how = dict(bs=4, augment=False, device='cpu', preprocessing=PREP)

@@ -295,6 +295,13 @@ def test_colours_of_16_bits(tmp_path):
     assert Preprocessing(2, HALF, HALF)(file).unique().tolist() == [0x80]
     with pytest.raises(ValueError, match='deep.png has colours of 16 bits, of which pillow reads'):
         Preprocessing(2, HALF, HALF, value_range=(0, 4095))(file)
+    (tmp_path/'deep.ppm').write_bytes(b'P6 2 2 65535\n' + bytes(24))
+    with Image.open(file) as im:
+        for deep in (tmp_path/'deep.ppm', im):
+            with pytest.raises(ValueError, match='has colours of 16 bits'):
+                Preprocessing(2, HALF, HALF, value_range=(0, 65535))(deep)
+    (tmp_path/'flat.ppm').write_bytes(b'P6 2 2 255\n' + bytes(12))
+    assert Preprocessing(2, HALF, HALF, value_range=(0, 255))(tmp_path/'flat.ppm').max() == 0
 
 @pytest.mark.parametrize('kind', ['jpg', 'png', 'webp'])
 def test_a_damaged_note_of_the_camera_says_nothing(kind, tmp_path):

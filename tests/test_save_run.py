@@ -148,7 +148,7 @@ def test_models_and_losses_that_it_is_not_for(pictures, tmp_path):
     dls = digits_dls(device='cpu')
     with pytest.raises(TypeError, match='the model is a Sequential, expected a `ViT`'):
         save_run(vit_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), tmp_path/'run')
-    learn = vit_learner(dls, vit('digits', n_classes=7))
+    learn = vit_learner(dls, vit('digits', n_classes=7), loss_func=nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match='preprocessing has labels for 10, the model for 7'):
         save_run(learn, tmp_path/'run')
     files = sorted(pictures.rglob('*.png'))
@@ -180,3 +180,14 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('three years')
     with pytest.raises(FileExistsError, match='is not a run'): save_run(learn, tmp_path/'mine', force=True)
+
+def test_a_folder_that_is_made_while_a_run_is_saved(tmp_path, few_digits, monkeypatch):
+    "It stays, and nothing else is left"
+    learn, save = vit_learner(digits_dls(device='cpu'), vit('digits', depth=1)), runs.save_model
+    def late(*args, **kwargs):
+        (tmp_path/'run').mkdir()
+        return save(*args, **kwargs)
+    monkeypatch.setattr(runs, 'save_model', late)
+    with pytest.raises(FileExistsError, match='run was made meanwhile: save the run under another name'):
+        save_run(learn, tmp_path/'run')
+    assert [p.name for p in tmp_path.iterdir()] == ['run']

@@ -702,3 +702,8 @@ def test_rotary_models_compile_and_export(tmp_path):
     with torch.no_grad():
         exported = torch.export.export(model, (x,)).module()
         close(exported(x), model(x), 1e-5)
+
+@pytest.mark.parametrize('shape', [(1, 1, 0, 8), (1, 1, 8, 0)])
+def test_images_without_pixels(shape):
+    with pytest.raises(ValueError, match='they have no pixels'):
+        vit('digits', positions='sincos2d')(torch.zeros(shape))

@@ -189,6 +189,8 @@ def trials(
 ) -> pd.DataFrame:     # the whole file, a row a training: `name`, `seed`, `setting`, `machine`, and what `train` gave
     "Train each setting with each seed, except for what `file` holds already"
     from joblib import Parallel, delayed
+    if odd := [name for name in settings if not isinstance(name, (str, Number))]:
+        raise TypeError(f"{odd[0]!r} can't be a setting's name: use text or a number")
     known, now = read_trials(file), {name: _describe(setting) for name, setting in settings.items()}
     _check_settings(file, known, now)
     def one(name, seed):

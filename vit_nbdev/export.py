@@ -142,7 +142,8 @@ def _how_good(config):
     n, accuracy = config['n_test'], config['test_accuracy']
     low, high = map(percent, wilson(round(accuracy*n), n))
     right, also = 'are classified rightly', ''
-    if (mean := config.get('balanced_accuracy')) is not None: also = f", the mean of the classes is {percent(mean)}"
+    if (mean := config.get('balanced_accuracy')) is not None:
+        also = f", the mean of the classes' accuracies is {percent(mean)}"
     if (f1 := config.get('mean_f1')) is not None:
         right, also = 'have all their labels right', f", the labels' mean F1 is {percent(f1)}"
     said = (f"{percent(accuracy)} of {n:,} test images {right} (95 % interval {low} to {high}){also}. This is "
@@ -169,6 +170,8 @@ def model_card(
     "A README that says what a trained model is, how good it is, and how to load it"
     model, config = load_model(run)
     prep, labels = model.preprocessing.to_dict(), model.preprocessing.labels
+    several = model.preprocessing.several
+    does = f'gives an image any of {len(labels)} labels' if several else f'tells {len(labels)} classes apart'
     classes = ', '.join(f'`{label}`' for label in labels[:20]) + ', ...'*(len(labels) > 20)
     def items(facts): return '\n'.join(f'- {name}: {value}' for name, value in facts.items())
     return f'''---
@@ -177,7 +180,7 @@ def model_card(
 ---
 # {repo.split('/')[-1]}
 
-A Vision Transformer that tells {len(labels)} classes apart: {classes}.
+A Vision Transformer that {does}: {classes}.
 
 ```python
 from vit_nbdev.pretrained import load_pretrained
@@ -207,7 +210,7 @@ def push_to_hub(
     repo: str,            # owner/name
     private: bool = True,  # nobody else sees it, until its page on the hub says otherwise
 ) -> str:                 # the address
-    "Upload a run's weights, configuration, card and curves to the Hugging Face hub; none of its images"
+    "Upload a run's weights, configuration, card, metrics, curves and confusion matrix to the hub; none of its images"
     try: from huggingface_hub import HfApi, errors
     except ImportError: raise ImportError("the hub needs huggingface_hub: pip install 'vit_nbdev[hub]'") from None
     run, config = Path(run), load_model(run)[1]

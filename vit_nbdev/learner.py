@@ -320,6 +320,7 @@ def _adopt(dls, model, loss):
     elif vocab := getattr(dls, 'vocab', None):
         model.preprocessing = replace(model.preprocessing, labels=tuple(map(str, vocab)),
                                       several=isinstance(loss, BCEWithLogitsLossFlat))
+    if before != model.preprocessing.labels: model.mirrors = False        # a run's --flip was for its own classes
     _renew_head(model, before, model.preprocessing.labels)
 
 # %% ../nbs/04_learner.ipynb #lrn00003
@@ -337,10 +338,11 @@ def _renew_head(model, before, now):
 
 def _check_classes(dls, model, loss):
     "Refuse a model of another number of classes than the loaders have"
-    n, usual = get_c(dls), isinstance(loss, (CrossEntropyLossFlat, BCEWithLogitsLossFlat))
-    if n and usual and isinstance(model, ViT) and model.config.n_classes != n:
-        raise ValueError(f"the model has {model.config.n_classes} classes, and the loaders have {n}: "
-                         f"make or load it with n_classes={n}")
+    if not isinstance(model, ViT) or not isinstance(loss, (CrossEntropyLossFlat, BCEWithLogitsLossFlat)): return
+    n, has = get_c(dls), getattr(model.head, 'out_features', 0 if isinstance(model.head, nn.Identity) else None)
+    if has == 0 and not n: raise ValueError("the loaders don't say how many classes there are: set dls.vocab or dls.c")
+    if has is not None and n and has != n:
+        raise ValueError(f"the model has {has} classes, and the loaders have {n}: make or load it with n_classes={n}")
 
 # %% ../nbs/04_learner.ipynb #lrn00001
 FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)

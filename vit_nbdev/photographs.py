@@ -389,7 +389,7 @@ class PictureRows(PictureFiles):
         a = np.asarray(im)
         if a.dtype.kind not in 'bui' or a.size and not 0 <= a.min() <= a.max() <= 255:
             raise ValueError(f"it holds {a.dtype}, expected whole numbers from 0 to 255")
-        return a.astype(np.uint8)
+        return a.astype(np.uint8)*np.uint8(255 if a.dtype == bool else 1)
     def content(self, i): return np.asarray(self.image(i)).tobytes()
     def n_bytes(self, i): return len(self.content(i))
     def read(self, i, crop=None, seed=0):

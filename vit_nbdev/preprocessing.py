@@ -234,11 +234,11 @@ def open_image(
     try:
         with Image.open(path) as im:
             several = getattr(im, 'is_animated', False) and im.format != 'MPO'    # a camera's, with its preview
-            deep = im.mode[0] not in 'IF' and any(';16' in str(tile[3]) for tile in im.tile)
+            deep = _deep(im)
             if opened: opened(im)
             im.load()
             upright = _upright(im)
-            upright.filename, upright.deep = str(file), deep      # colours of 16 bits, of which pillow keeps 8
+            upright.filename, upright.deep = str(file), deep
     except MemoryError: raise
     except Image.DecompressionBombError as e:
         raise ValueError(f"{file} has too many pixels to be read safely ({e}): make it smaller") from e
@@ -254,11 +254,12 @@ UNREAD = ('.heic', '.heif', '.avif', '.svg', '.svgz', '.jxl', '.dng', '.cr2', '.
 # %% ../nbs/02a_preprocessing.ipynb #5c9c1928
 def _in_channels(prep, image):
     "The image with 8 bits in one or three channels; transparent parts become white"
+    deep = getattr(image, 'deep', False) or isinstance(image, Image.Image) and _deep(image)
     if isinstance(image, np.ndarray): im, name = _of_array(image), 'the array'
     elif isinstance(image, Image.Image): im, name = _upright(image), getattr(image, 'filename', '') or 'the image'
     elif isinstance(image, (str, Path)): im, name = open_image(image), str(image)
     else: raise TypeError(f"got a {type(image).__name__}, expected an image file, a PIL image or a uint8 array (h w c)")
-    if prep.value_range and getattr(im, 'deep', False):
+    if prep.value_range and (deep or getattr(im, 'deep', False)):
         raise ValueError(f"{name} has colours of 16 bits, of which pillow reads the higher 8: convert it to 8 bits, "
                          "and leave out value_range (--value_range)")
     if not all(im.size): raise ValueError(f"{name} has no pixels: {im.height} x {im.width}")
@@ -273,6 +274,12 @@ def _in_channels(prep, image):
     try: return im if im.mode == mode else im.convert(mode)
     except ValueError as e: raise ValueError(f"{name} has colours of the kind {im.mode}: convert it to RGB") from e
 
+# %% ../nbs/02a_preprocessing.ipynb #deep0001
+def _deep(im):
+    "Has a picture that is not decoded yet colours of 16 bits, of which pillow keeps 8?"
+    def sixteen(codec, args): return ';16' in str(args) or codec in ('ppm', 'ppm_plain') and args[-1] > 255
+    return im.mode[0] not in 'IF' and any(sixteen(tile[0], tile[3]) for tile in getattr(im, 'tile', []))
+
 def _turned(im: Image.Image) -> int:    # 1: not at all; 5 to 8: on its side
     "How the camera was held, as it noted; a damaged note says nothing"
     try: return im.getexif().get(0x0112, 1)
@@ -280,7 +287,7 @@ def _turned(im: Image.Image) -> int:    # 1: not at all; 5 to 8: on its side
 
 def _upright(im):
     "An image as its camera was held; if it says nothing of that, or no longer, the image itself"
-    if _turned(im) == 1: return im
+    if _turned(im) not in range(2, 9): return im
     upright = ImageOps.exif_transpose(im)       # without the note
     upright.format = im.format
     return upright

@@ -360,9 +360,9 @@ def settings_table(
 
 # %% ../nbs/08_report.ipynb #c3b82ede
 def _class_table(results):
-    "A row for each class, the worst first"
+    "A row for each class, the worst first; at the end those without a test image"
     rows = []
-    for r in sorted(results, key=lambda r: r['right']/max(r['n'], 1)):
+    for r in sorted(results, key=lambda r: r['right']/r['n'] if r['n'] else 2):
         ends = ' to '.join(map(percent, wilson(r['right'], r['n']))) if r['n'] else 'no test image'
         rows.append((r['name'], f"{r['right']:,} of {r['n']:,}", percent(r['right']/r['n']) if r['n'] else '', ends))
         if 'said' in r: rows[-1] += f"{r['said'] - r['right']:,} other images",

@@ -357,8 +357,11 @@ def _run_folder(out, force, resume):
                       "stopped by Ctrl-C before the first epoch was complete: nothing was kept") from None
         with _undisturbed():
             if out.exists() and not (replaces.exists() and _is_run(out)):
-                raise FileExistsError(f"{out} was made meanwhile: give it another name, and finish with: "
-                                      f"vit_train --resume {shlex.quote(str(out))}")
+                hint = f"give it another name, and finish with: vit_train --resume {shlex.quote(str(out))}"
+                if not (part/'checkpoint.pt').is_file():                  # of `save_run`, which can do it again
+                    shutil.rmtree(part, ignore_errors=True)
+                    hint = "save the run under another name"
+                raise FileExistsError(f"{out} was made meanwhile: {hint}")
             replaces.unlink(missing_ok=True)
             _put_in_place(part, out)
             for file in out.glob('checkpoint.pt*'): file.unlink()

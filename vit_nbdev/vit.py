@@ -334,6 +334,7 @@ def _grid(x, config):
         raise ValueError(f"images have shape {shape}, expected (b, {c.in_chans}, h, w): {why}")
     if not x.is_floating_point():
         raise TypeError(f"images are {x.dtype}: convert them, x.float()/255, and normalise as in training")
+    if 0 in shape[2:]: raise ValueError(f"images have shape {shape}: they have no pixels")
     _check_side('image height', shape[2], c)
     _check_side('image width', shape[3], c)
     return -(-shape[2]//c.patch_size), -(-shape[3]//c.patch_size)
