@@ -137,7 +137,7 @@ def _append(file, line=''):
 def _is_literal(text):
     "Does it read like something else than text: a number, None, a list?"
     try: ast.literal_eval(text)
-    except (SyntaxError, ValueError): return False
+    except (SyntaxError, TypeError, ValueError): return False
     return True
 
 def _describe(x):

@@ -223,8 +223,9 @@ def _pixels(image, preprocessing):
 
 def _names_classes(model, prep):
     "Does the head name classes? CLIP's does not: it leads into the space that images share with texts"
-    embeds = getattr(model, 'embeds', False) or not model.config.n_classes      # the head of EVA's CLIP has a bias
-    return bool(model.config.n_classes and prep.labels) or not embeds and bool(model.head.bias.any())
+    if not model.config.n_classes: return False
+    embeds = getattr(model, 'embeds', False)                    # known of published weights; EVA's CLIP has a bias
+    return bool(prep.labels or not embeds and model.head.bias.any())
 
 def _labels(model, preprocessing):
     "Names of the classes, or their numbers; none if the head leads to no classes"

@@ -254,7 +254,7 @@ UNREAD = ('.heic', '.heif', '.avif', '.svg', '.svgz', '.jxl', '.dng', '.cr2', '.
 # %% ../nbs/02a_preprocessing.ipynb #5c9c1928
 def _in_channels(prep, image):
     "The image with 8 bits in one or three channels; transparent parts become white"
-    deep = getattr(image, 'deep', False) or isinstance(image, Image.Image) and _deep(image)
+    deep = isinstance(image, Image.Image) and _deep(image)      # before it is turned, which decodes it
     if isinstance(image, np.ndarray): im, name = _of_array(image), 'the array'
     elif isinstance(image, Image.Image): im, name = _upright(image), getattr(image, 'filename', '') or 'the image'
     elif isinstance(image, (str, Path)): im, name = open_image(image), str(image)
