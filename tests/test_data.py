@@ -408,3 +408,25 @@ def test_arrays_that_are_no_images_are_said_to_be_none():
         for splits in (((bad, y), good, good), (good, (bad, y), good)):
             with pytest.raises(ValueError, match=r'expected uint8 \(n, c, h, w\)'): tensor_dls(*splits, ['a', 'b'])
     with pytest.raises(ValueError, match='the test split has no labels'): tensor_dls(good, good, (x, None), ['a', 'b'])
+
+def test_two_processes_that_unpack_or_fetch_at_once(tmp_path, monkeypatch):
+    "The second is done while the first is at it: neither gets in the other's way"
+    raw = write_mnist(tmp_path, packed=True)/'MNIST'/'raw'
+    copy, pid, calls = shutil.copyfileobj, os.getpid(), []
+    def slow(*files):
+        if not calls:
+            calls.append(1)
+            monkeypatch.setattr(os, 'getpid', lambda: pid + 1)
+            data._unpack(raw)
+            monkeypatch.setattr(os, 'getpid', lambda: pid)
+        copy(*files)
+    monkeypatch.setattr(shutil, 'copyfileobj', slow)
+    data._unpack(raw)
+    assert calls and sorted(p.name for p in raw.iterdir() if p.suffix != '.gz') == \
+        [f'{part}-{name}-ubyte' for part in ('t10k', 'train') for name in ('images-idx3', 'labels-idx1')]
+    class MNIST:
+        def __init__(self, path, download):
+            (path/'MNIST').mkdir()
+            (path/'MNIST'/'whole').touch()
+    for _ in range(3): data._download(MNIST, tmp_path/'new', tmp_path/'new'/'MNIST')
+    assert [p.name for p in (tmp_path/'new').rglob('*')] == ['MNIST', 'whole']

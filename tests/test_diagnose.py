@@ -71,6 +71,30 @@ def test_evidence_of_mixing_is_that_of_an_image_that_hears_of_others():
         found, = (f for f in diagnose(Recurrent(), x, show=False) if f.check == 'batch')
         assert found.evidence > 0.1 and found.detail.startswith(what)
 
+def test_lists_and_dicts_that_a_model_keeps_hold_what_they_held():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps, self.last, self.head = ['before'], {'a': 1}, nn.Linear(4, 2)
+        def forward(self, x):
+            self.maps.append(x)
+            self.last['x'] = x
+            return self.head(x)
+    model = Keeps()
+    maps, last = model.maps, model.last
+    diagnose(model, torch.randn(4, 4), torch.arange(4) % 2, show=False)
+    assert model.maps is maps and maps == ['before'] and model.last is last and last == {'a': 1}
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_a_recurrence_along_the_batch_in_training(reverse):
+    "Its first image hears of none, or its last"
+    class Cumulative(nn.Module):
+        def forward(self, x):
+            if not self.training: return x
+            return x.flip(0).cumsum(0).flip(0) if reverse else x.cumsum(0)
+    report = diagnose(nn.Sequential(nn.Linear(8, 8), Cumulative()), torch.randn(4, 8), show=False)
+    assert [(f.severity, f.module) for f in report if f.check == 'training batch'] == [('warning', '1')]
+
 def test_mixing_beside_batch_norm_is_reported_once():
     class Mixing(nn.Module):
         def forward(self, x): return x + x.roll(1, 0) if self.training else x
@@ -763,3 +787,19 @@ def test_bytes_from_black_to_white():
     assert report, report
     whole = other(x, torch.ones(4, dtype=torch.bool))
     assert (whole != x).all() and whole.dtype == torch.uint8
+
+@pytest.mark.parametrize('padding', [False, True])
+def test_a_mask_of_floats_is_the_mask_all_the_same(padding):
+    "Of ones where there is something, or where there is nothing"
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, bugs.DIM)
+            self.head = nn.Linear(bugs.DIM, bugs.CLASSES)
+        def forward(self, x, keep):
+            if padding: keep = 1 - keep
+            return self.head((self.embed(x)*keep[..., None]).sum(1)/keep.sum(1, keepdim=True))
+    keep = lengths(7, 5, 6, 7, 4, 7, 3, 5)
+    given = (~keep if padding else keep).float()
+    report = diagnose(Mean(), (torch.randint(11, (8, 9)), given), torch.arange(8) % bugs.CLASSES, mask=keep, show=False)
+    assert [f for f in worse_than_notes(report) if f[0] == 'mask'] == []

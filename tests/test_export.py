@@ -210,3 +210,16 @@ def test_a_model_that_a_format_cant_hold(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^m\.pt2 can't hold this model \(.{5,200}\): [^\n]*$"):
         export(model, tmp_path/'m.pt2', force=True)
     assert (tmp_path/'m.pt2').read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1
+
+def test_features_are_called_so(tmp_path):
+    "A model without classes gives no probabilities"
+    model = vit('digits', n_classes=0, depth=1)
+    model.preprocessing = Preprocessing(8, [0.5], [0.5], in_chans=1)
+    export(model, tmp_path/'m.pt2')
+    pixels = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    features, = torch.export.load(tmp_path/'m.pt2').module()(pixels)
+    with torch.no_grad(): torch.testing.assert_close(features, model.eval()(model.preprocessing.normalise(pixels)))
+    pytest.importorskip('onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    export(model, tmp_path/'m.onnx')
+    assert [o.name for o in runtime.InferenceSession(tmp_path/'m.onnx').get_outputs()] == ['features']

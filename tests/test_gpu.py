@@ -11,7 +11,7 @@ from fastai.torch_core import set_seed
 from fastcore.test import test_close as close
 from vit_nbdev import runs
 from vit_nbdev.data import digits_dls
-from vit_nbdev.interpret import METHODS, heat_map
+from vit_nbdev.interpret import METHODS, deletion_insertion, embedding_map, heat_map
 from vit_nbdev.learner import Checkpoint, adamw, muon, vit_groups, vit_learner
 from vit_nbdev.runs import load_model, predict, train
 from vit_nbdev.vit import vit
@@ -83,3 +83,18 @@ def test_a_training_goes_on_where_it_was_stopped(half, tmp_path, few_digits):
     rest = fit(again)
     assert len(rest) == 2 and again.model.head.weight.device.type == DEVICE
     close(whole[1], rest[1], eps=2e-2)      # sums on a GPU have no fixed order
+
+def test_scores_and_classes_of_a_cpu():
+    "What is drawn by hand lies there; the images need not"
+    torch.manual_seed(0)
+    model = vit('digits', dim=16, depth=1).to(DEVICE)
+    torch.nn.init.normal_(model.head.weight)
+    x = torch.rand(4, 1, 8, 8)
+    scores = torch.rand(4, 4, 4)
+    expected = deletion_insertion(model.cpu(), x, scores)
+    found = deletion_insertion(model.to(DEVICE), x.to(DEVICE), scores)
+    for a, b in zip(expected, found): close(a, b.cpu(), eps=1e-4)
+    embedding_map(model, x.to(DEVICE), torch.arange(4))
+
+def test_loaders_are_on_the_gpu_by_themselves():
+    if DEVICE == 'cuda': assert digits_dls().one_batch()[0].is_cuda

@@ -488,6 +488,32 @@ def test_embedding_map_of_a_model_without_a_head():
     clip.head.bias.data.zero_()                  # and no names: it leads to no classes
     assert embedding_map(clip, x, y, prep_of(x, ())).axes[0].get_legend() is None
 
+def test_class_names_that_are_no_text_are_drawn_among_embeddings():
+    model = make(pool='mean', n_classes=3)
+    x = images(model, 12)
+    fig = embedding_map(model, x, torch.arange(12) % 3, prep_of(x, ['caf\udce9', 'b', 'c']))
+    fig.canvas.draw()
+    assert 'caf\\udce9' in {t.get_text() for t in fig.axes[0].texts}
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32])
+def test_targets_of_any_whole_numbers(dtype):
+    model = make()
+    x = images(model, 2)
+    found, expected = (relevance(model, x, torch.tensor([1, 2], dtype=d)) for d in (dtype, torch.int64))
+    assert torch.equal(found, expected)
+
+def test_a_model_that_was_compiled_in_place():
+    "Maps and relevance are those of the model as written, and it stays compiled"
+    model = make().eval()
+    x = images(model, 2)
+    maps, speaks = attention_maps(model, x), relevance(model, x)
+    model.compile(backend='aot_eager')
+    with torch.no_grad(): model(x)
+    model(x.clone().requires_grad_())
+    compiled = model._compiled_call_impl
+    assert torch.equal(attention_maps(model, x), maps) and torch.equal(relevance(model, x), speaks)
+    assert model._compiled_call_impl is compiled is not None
+
 # --- bad input: one sentence each ---
 
 def bad(f, message, kind=ValueError, **changes):
@@ -531,6 +557,11 @@ BAD = [
     bad(lambda m: attention_maps(m, X[:0]), 'images are empty'),
     bad(lambda m: explore(m, X[0]), 'got one image of shape'),
     bad(lambda m: embedding_map(m, X, torch.zeros(2)), 'there are 2 images and 2 classes'),
+    bad(lambda m: embedding_map(m, X.repeat(2, 1, 1, 1), torch.zeros(4, 10)), 'y is torch.float32 of shape (4, 10)'),
+    bad(lambda m: embedding_map(m, X.repeat(2, 1, 1, 1), torch.tensor([0, 1, 2, 10])),
+        'y is from 0 to 10, but there are 10'),
+    bad(lambda m: show_attention(m, X[0], preprocessing=prep_of(X, 'abc')), 'preprocessing has 3 labels, but'),
+    bad(lambda m: explore(m, X, preprocessing=prep_of(X, 'abc')), 'preprocessing has 3 labels, but the model has 10'),
     bad(lambda m: plot_patch_filters(m), "stem='conv'", stem='conv'),
     bad(lambda m: plot_position_similarity(m), "positions='none'", positions='none'),
 ]

@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Recorder
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from fastai.vision.all import ImageDataLoaders, Normalize, Resize
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -31,7 +31,7 @@ from vit_nbdev.learner import (EMA, RECIPES, Checkpoint, HeadFirst, KeepBest, Th
                                normalise_as, vit_groups, vit_learner, weighted_loss)
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.pretrained import load_pretrained
-from vit_nbdev.runs import load_model, save_model
+from vit_nbdev.runs import load_model, predict, save_model, save_run
 from vit_nbdev.vit import vit
 
 @pytest.fixture(scope='module')
@@ -222,6 +222,30 @@ def test_a_look_within_a_fit_changes_no_average(some_digits):
         ends.append(weights(learn))
     assert torch.equal(*ends)
 
+def test_a_look_within_a_fit_changes_no_record(some_digits, tmp_path):
+    "Nor the epoch that is best, nor the checkpoint: stopped in the third epoch, it goes on"
+    class Look(Callback):
+        def after_epoch(self):
+            if not self.learn.validating: self.learn.validate(2)
+    class Third(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 2: raise InterruptedError('stopped')
+    found = []
+    for i, look in enumerate(([], [Look()], [Look()])):
+        set_seed(0)
+        learn = quick(some_digits(), KeepBest(), Checkpoint(tmp_path/f'{min(i, 1)}.pt'), *look)
+        if i == 1:
+            with pytest.raises(InterruptedError): learn.fit(4, 3e-3, cbs=Third())
+            assert load_checkpoint(tmp_path/'1.pt')['epoch'] == 2
+            continue
+        learn.fit(4, 3e-3)
+        found.append((learn.recorder.values, learn.recorder.iters, learn.keep_best.best, learn.keep_best.last))
+    assert found[0] == found[1] and found[0][3] == 3
+
+def test_a_learner_is_on_the_gpu_by_itself(some_digits):
+    "fastai's own, as for its loaders: without a device they would stay on the CPU"
+    assert digits_dls().device == default_device()
+
 def test_the_average_of_a_fit_that_was_cut_off_stays_there(some_digits, tmp_path):
     learn = quick(some_digits(), EMA(0.9), path=tmp_path)
     learn.save('before')
@@ -240,7 +264,7 @@ def test_a_checkpoint_after_half_precision(some_digits, tmp_path):
     learn.to_fp32().fit(1, cbs=Checkpoint(tmp_path/'checkpoint.pt'))
     assert load_checkpoint(tmp_path/'checkpoint.pt')['parts'] == {}
 
-def test_a_model_of_other_classes_than_the_loaders(some_digits):
+def test_a_model_of_other_classes_than_the_loaders(some_digits, tmp_path):
     for model in (vit('digits', n_classes=12), vit('digits', n_classes=3)):
         with pytest.raises(ValueError, match='classes, and the loaders have 10: make or load it with n_classes=10'):
             vit_learner(some_digits(), model)
@@ -254,7 +278,9 @@ def test_a_model_of_other_classes_than_the_loaders(some_digits):
         vit_learner(plain, 'digits')
     vit_learner(plain, vit('digits'))
     plain.c = 2
-    assert vit_learner(plain, 'digits').model.config.n_classes == 2
+    learn = vit_learner(plain, 'digits')
+    assert learn.model.config.n_classes == 2
+    assert load_model(save_run(learn, tmp_path/'plain'))[0].preprocessing.labels == ('0', '1')
 
 def test_a_model_of_other_classes_mirrors_none_of_them(some_digits):
     model = vit('digits').eval()
@@ -316,8 +342,8 @@ def test_an_interrupted_fit_goes_on_in_the_same_learner(some_digits, tmp_path):
     learn.fit(3)
     assert torch.equal(weights(whole), weights(learn)) and learn.first_epoch == 0
 
-@pytest.mark.parametrize('look', [lambda learn: learn.validate(), lambda learn: learn.get_preds()],
-                         ids=['validate', 'get_preds'])
+@pytest.mark.parametrize('look', [lambda learn: learn.validate(), lambda learn: learn.get_preds(),
+                                  lambda learn: learn.tta(n=1)], ids=['validate', 'get_preds', 'tta'])
 def test_who_validates_leaves_the_checkpoint_alone(look, some_digits, tmp_path):
     "Before the first fit, between two, after an interruption, and where another process has begun"
     def begin(name):
@@ -338,6 +364,15 @@ def test_who_validates_leaves_the_checkpoint_alone(look, some_digits, tmp_path):
     learn.fit(3)
     for resumed in (learn, tune(begin('other.pt'), look)):
         assert torch.equal(weights(whole), weights(resumed)) and whole.recorder.values == resumed.recorder.values
+
+def test_a_summary_is_no_fit(some_digits, tmp_path):
+    learn = quick(some_digits(), KeepBest(), Checkpoint(tmp_path/'c.pt'))
+    learn.summary()
+    assert not (tmp_path/'c.pt').exists()
+    learn.fit(2)
+    before = (tmp_path/'c.pt').read_bytes(), list(learn.recorder.values), learn.keep_best.best
+    learn.summary()
+    assert before == ((tmp_path/'c.pt').read_bytes(), learn.recorder.values, learn.keep_best.best)
 
 def test_a_fit_that_went_on_leaves_no_trace_in_the_next(some_digits, tmp_path):
     "Interrupted twice; the fit after that has all its epochs"
@@ -797,3 +832,42 @@ def test_frozen_means_frozen_also_with_gradients_that_wait(opt_func, few_digits)
         learn.fit(1)
     moved = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all(k.startswith(('head', 'encoder.norm')) for k in moved)
+
+def test_an_optimizer_keeps_the_weight_decay_that_it_was_given(some_digits):
+    for wd, kwargs in ((0.3, dict(opt_func=partial(muon, wd=0.3))), (0.05, {}), (0.2, dict(wd=0.2)),
+                       (0., dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=0.)))):
+        learn = quick(some_digits(), **kwargs)
+        learn.fit(1)
+        assert learn.opt.hypers[-1]['wd'] == wd
+
+def test_a_model_follows_the_size_of_the_images(trained, tmp_path):
+    "A run at 28 pixels, trained on at 56: it can be saved, and predicts as it was trained"
+    dls = folder_dls(trained, img_size=56, bs=16, augment=False, device='cpu')
+    learn = vit_learner(dls, load_model(trained/'run')[0])
+    assert learn.model.config.img_size == 56
+    model, _ = load_model(save_run(learn, tmp_path/'run'))
+    assert model.preprocessing.img_size == (56, 56)
+
+def test_an_exported_learner_prepares_images_as_before(trained, tmp_path):
+    "`learn.export()` keeps the data sets' preprocessing; it is that of the weights"
+    from fastai.vision.all import load_learner
+    model, _ = load_model(trained/'run')
+    model.preprocessing = replace(model.preprocessing, mean=(0.1,)*3, std=(0.9,)*3)
+    learn = vit_learner(folder_dls(trained, img_size=28, bs=16, augment=False, device='cpu'), model)
+    learn.path, file = tmp_path, trained/'test'/'dark'/'0.png'
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        again = load_learner(tmp_path/'export.pkl')
+    assert predict(again, file)[0]['probabilities'] == predict(learn, file)[0]['probabilities']
+
+def test_the_random_numbers_of_a_mac_go_on(some_digits, monkeypatch):
+    "As those of other GPUs do"
+    kept = torch.arange(4, dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.mps, 'get_rng_state', lambda: kept)
+    back = []
+    monkeypatch.setattr(torch.mps, 'set_rng_state', back.append)
+    dls = some_digits()
+    _set_random_states(_random_states(dls), dls)
+    assert len(back) == 1 and back[0] is kept

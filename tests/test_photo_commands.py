@@ -212,6 +212,14 @@ def test_what_a_server_refuses(run, pictures, capfd):
     with pytest.raises(SystemExit, match='vit_serve: there is no run folder nowhere'):
         vit_serve.__wrapped__('nowhere')
 
+def test_what_is_no_fault_of_the_picture_is_answered(run, pictures, monkeypatch, capfd):
+    def full(*_, **__): raise MemoryError('no room')
+    monkeypatch.setattr(serve, 'predict', full)
+    with serving(run) as at:
+        assert post(f'{at}/predict', (pictures/'dark'/'01.png').read_bytes()) == \
+               (500, dict(error='the picture could not be looked at here (MemoryError: no room)'))
+    assert capfd.readouterr().err == ''
+
 def test_the_page_in_a_browser(run, pictures, tmp_path):
     "Pictures are dropped and answered; names that look like HTML are text, and nothing asks for another address"
     playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')

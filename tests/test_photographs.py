@@ -540,6 +540,8 @@ def test_rows_of_numbers_that_are_no_pixels(values):
     rows = datasets.Dataset.from_dict(dict(image=[values]*24, label=['a', 'b']*12), columns)
     with pytest.raises(ValueError, match='expected whole numbers from 0 to 255'):
         dataset_dls(rows, img_size=8, in_chans=1, bs=4, device='cpu')
+    with pytest.raises(ValueError, match="workers is for pictures that are read as they are needed: say stream=True"):
+        dataset_dls(rows, img_size=8, bs=4, device='cpu', stream=False, workers=1)
 
 def test_rows_of_black_and_white():
     datasets = pytest.importorskip('datasets', reason='the extra `datasets` is not installed')
@@ -670,3 +672,21 @@ def test_a_name_that_is_no_utf8(folder, tmp_path_factory):
     dls = folder_dls(folder, img_size=24, bs=4, device='cpu', stream=True, workers=0, cache=cache)
     for dl in dls: assert len(list(dl)) > 0
     assert all(photographs.StreamedImages.digest(dl.dataset) for dl in dls)
+
+def test_two_processes_that_begin_a_cache_at_once(tmp_path, monkeypatch):
+    "The other has written its settings, and a picture, between the two questions of this one"
+    listed, cache = type(tmp_path).iterdir, tmp_path/'cache'
+    def late(folder):
+        monkeypatch.setattr(type(tmp_path), 'iterdir', listed)
+        PictureCache(cache, PREP)
+        (cache/'00').mkdir()
+        return listed(folder)
+    monkeypatch.setattr(type(tmp_path), 'iterdir', late)
+    PictureCache(cache, PREP)
+    with pytest.raises(ValueError, match='holds other things than a cache'): PictureCache(tmp_path, PREP)
+
+def test_reading_processes_are_counted_as_they_are(folder, monkeypatch):
+    "fastai has none on a Mac"
+    assert 'by 2 worker processes' in loaders(folder, workers=2).stream
+    monkeypatch.setattr('sys.platform', 'darwin')
+    assert 'by 0 worker processes' in loaders(folder, workers=2).stream

@@ -300,6 +300,10 @@ def test_colours_of_16_bits(tmp_path):
         for deep in (tmp_path/'deep.ppm', im):
             with pytest.raises(ValueError, match='has colours of 16 bits'):
                 Preprocessing(2, HALF, HALF, value_range=(0, 65535))(deep)
+    (tmp_path/'plain.pbm').write_bytes(b'P1 2 2\n0 1 1 0\n')                 # pillow tells its codec something else
+    with Image.open(tmp_path/'plain.pbm') as im:
+        for plain in (tmp_path/'plain.pbm', im):
+            assert Preprocessing(2, HALF, HALF)(plain)[0].tolist() == [[255, 0], [0, 255]]
     (tmp_path/'flat.ppm').write_bytes(b'P6 2 2 255\n' + bytes(12))
     assert Preprocessing(2, HALF, HALF, value_range=(0, 255))(tmp_path/'flat.ppm').max() == 0
 

@@ -871,6 +871,8 @@ def test_what_others_do_not_have():
     refuses(to_torchvision, "pool='mean': torchvision's ViT has 'cls'")
     refuses(to_torchvision, "n_registers=2: torchvision's ViT has 0", pool='cls', n_registers=2)
     refuses(to_torchvision, "norm_eps=1e-05: torchvision's", pool='cls', norm_eps=1e-5)
+    refuses(to_timm, "pool_heads=2: timm's has as many as the blocks", pool='map', pool_heads=2)
+    refuses(to_torchvision, r"img_size=\(28, 56\): torchvision's is for squares", pool='cls', img_size=(28, 56))
 
 def test_loading_imports_no_library_of_models(tmp_path):
     "Not even for the names of the classes: importing timm would cost more than the weights"
@@ -1455,8 +1457,9 @@ def test_clips_of_timm_name_no_classes(pictures, tmp_path):
             for overview in (False, True):
                 page = explain(model, pictures[0], tmp_path/f'{overview}.html', overview=overview).read_text('utf-8')
                 assert ('"probs": []' in page) != overview and 'relevance' not in page
-            assert show_attention(model, torch.zeros(3, 32, 32), 'rollout',
-                                  preprocessing=model.preprocessing).axes[0].get_title() == 'image'
+            for prep in (model.preprocessing, None):
+                assert show_attention(model, torch.zeros(3, 32, 32), 'rollout',
+                                      preprocessing=prep).axes[0].get_title() == 'image'
             with pytest.raises(ValueError, match='names no classes: leave the target out'):
                 explain(model, pictures[0], tmp_path/'one.html', target='1')
             save_model(model, tmp_path/'clip', model.preprocessing)
@@ -1479,3 +1482,13 @@ def test_weights_to_begin_with_have_the_sizes_that_chapter_05_says(monkeypatch):
         numbers = sum(p.numel() for p in theirs.parameters())
         assert row['million numbers'] == round(numbers/1e6, 1)
         assert theirs.pretrained_cfg['input_size'] == (3, *[row['pixels']]*2)
+
+def test_what_was_of_other_classes_does_not_stay(tmp_path):
+    "Several labels an image, and mirror images that change no class, of a run whose head is replaced"
+    from vit_nbdev.runs import save_model
+    labels = tuple('01234')
+    prep = Preprocessing(28, [0.5], [0.5], in_chans=1, labels=labels, several=True)
+    save_model(vit('mnist', n_classes=5), tmp_path, prep, settings=dict(flip=True))
+    same, other = load_pretrained(tmp_path), load_pretrained(tmp_path, n_classes=3)
+    assert (same.preprocessing.several, same.mirrors) == (True, True)
+    assert (other.preprocessing.several, other.mirrors) == (False, False)

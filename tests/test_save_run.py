@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -70,7 +71,7 @@ def test_loaders_of_ours(tmp_path):
 
 class Scores(Callback):
     "An accuracy for each epoch, as it were"
-    order = 63
+    order = 55
     def __init__(self, scores): self.scores = scores
     def after_epoch(self):
         if len(self.recorder.values[-1]) == 3: self.recorder.values[-1][2] = self.scores[self.epoch]
@@ -89,6 +90,16 @@ def test_the_numbers_are_those_of_the_weights(tmp_path, few_digits):
         learn.validate()
         learn.get_preds()
         assert recorded(learn, tmp_path/'run') == before and learn.keep_best.best == 1
+    for best in (KeepBest(), SaveModelCallback(monitor='accuracy')):          # of this fit alone; after another, none
+        learn = vit_learner(dls, vit('digits', depth=1), path=tmp_path)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(3, cbs=[best, Scores([0.3, 0.9, 0.6])])
+            found = recorded(learn, tmp_path/'run')
+            assert (found['metrics']['accuracy'], found['best_epoch']) == (0.9, 2)
+            learn.tta(n=1)
+            assert recorded(learn, tmp_path/'run') == found
+            learn.fit(1)
+        assert 'best_epoch' not in recorded(learn, tmp_path/'run')
     plain = Learner(dls, vit('digits', depth=1), learn.loss_func, metrics=accuracy)
     with plain.no_bar(), plain.no_logging():
         plain.fit(1)
@@ -191,3 +202,17 @@ def test_a_folder_that_is_made_while_a_run_is_saved(tmp_path, few_digits, monkey
     with pytest.raises(FileExistsError, match='run was made meanwhile: save the run under another name'):
         save_run(learn, tmp_path/'run')
     assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+def test_heads_that_were_put_in_by_hand(tmp_path, few_digits):
+    "A linear one comes back and names classes; of another, that it could not come back, before anything is written"
+    for n_classes in (0, 12):
+        model = vit('digits', depth=1, n_classes=n_classes)
+        model.head = nn.Linear(model.config.pooled_dim, 10)
+        learn = vit_learner(digits_dls(device='cpu'), model)
+        again, _ = load_model(save_run(learn, tmp_path/f'{n_classes}'))
+        image = np.zeros((8, 8), dtype=np.uint8)
+        assert predict(again, image)[0]['probabilities'] == predict(learn, image)[0]['probabilities']
+    model.head = nn.Sequential(nn.Linear(model.config.pooled_dim, 10), nn.ReLU())
+    with pytest.raises(ValueError, match='load_model could not read this model back .*a part put in by hand'):
+        save_run(vit_learner(digits_dls(device='cpu'), model), tmp_path/'other')
+    assert not (tmp_path/'other').exists()

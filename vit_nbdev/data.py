@@ -34,7 +34,8 @@ from fastai.data.external import fastai_path
 from fastai.data.transforms import CategoryMap, Category, IntToFloatTensor, MultiCategory, Normalize
 from fastai.imports import Transform
 from fastai.losses import BCEWithLogitsLossFlat
-from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, TensorMultiCategory, num_distrib
+from fastai.torch_core import (TensorCategory, TensorImage, TensorImageBW, TensorMultiCategory, default_device,
+                               num_distrib)
 from fastai.vision.augment import AffineCoordTfm, affine_mat, flip_mat, rotate_mat, zoom_mat
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -77,21 +78,6 @@ class ImageTensors:
         x, y = item
         if y.ndim == 0: return x, Category(self.vocab[int(y)])
         return x, MultiCategory([c for c, there in zip(self.vocab, y) if there > 0.5])
-
-# %% ../nbs/03_data.ipynb #digests1
-@patch
-def digest(self: ImageTensors) -> bytes:
-    "What changes with any pixel or label"
-    h = blake2b(self.x.contiguous().numpy(), digest_size=16)
-    h.update(self.y.contiguous().numpy())
-    return h.digest()
-
-@patch
-def also_in(self: ImageTensors, other: ImageTensors) -> int:
-    "How many of these images are among the others, too"
-    def prints(x): return [blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in x]
-    known = set(prints(other.x))
-    return sum(p in known for p in prints(self.x))
 
 # %% ../nbs/03_data.ipynb #0d4b097c
 def _check_images(x, y, vocab):
@@ -286,8 +272,8 @@ def tensor_dls(
         ds = ImageTensors(*split, vocab, split_idx=int(i > 0), preprocessing=preprocessing)
         if i: return TensorDL(ds, bs=max(bs, 256), after_batch=tfms, num_workers=0)
         return TensorDL(ds, bs=bs, shuffle=True, drop_last=len(ds) > bs, after_batch=tfms, num_workers=0)
+    if device is None: device = default_device()
     dls = DataLoaders(*(loader(i, split) for i, split in enumerate((train, valid, test))), device=device)
-    dls.to(dls.device)
     dls.preprocessing = preprocessing
     return dls
 
@@ -333,8 +319,9 @@ def _check_idx(file):
 def _unpack(raw):
     "Unpack idx files that were left compressed, as torchvision does after a download"
     for packed in sorted(raw.glob('*-ubyte.gz')):
-        file, tmp = packed.with_suffix(''), packed.with_suffix('.tmp')
+        file = packed.with_suffix('')
         if file.exists() or not packed.is_file(): continue
+        tmp = packed.with_name(f'.{packed.stem}-{os.getpid()}')       # of this process alone
         try:
             with gzip.open(packed) as f, open(tmp, 'wb') as out: shutil.copyfileobj(f, out)
             os.replace(tmp, file)
@@ -377,7 +364,9 @@ def _download(cls, path, folder):
     tmp = Path(tempfile.mkdtemp(dir=path, prefix='.download-'))
     try:
         cls(tmp, download=True)
-        shutil.move(tmp/folder.name, folder)
+        try: (tmp/folder.name).rename(folder)
+        except OSError:
+            if not folder.is_dir(): raise          # else another process was first
     except (OSError, RuntimeError) as e:
         raise FileNotFoundError(f"{cls.__name__} is not in {path} (no folder {folder.name} there) and can't be "
                                 f"downloaded ({_first_line(e)}): put it there, or give another path") from None
@@ -901,6 +890,21 @@ def _set_apart_several(found, seed):
         for s, part in ((split, order[:n]), ('train', order[n:])):
             found[s] = [pairs[i][0] for i in sorted(part)], [pairs[i][1] for i in sorted(part)]
     return {split: found[split] for split in ('train', 'valid', 'test')}
+
+# %% ../nbs/03_data.ipynb #digests1
+@patch
+def digest(self: ImageTensors) -> bytes:
+    "What changes with any pixel or label"
+    h = blake2b(self.x.contiguous().numpy(), digest_size=16)
+    h.update(self.y.contiguous().numpy())
+    return h.digest()
+
+@patch
+def also_in(self: ImageTensors, other: ImageTensors) -> int:
+    "How many of these images are among the others, too"
+    def prints(x): return [blake2b(image.contiguous().numpy(), digest_size=16).digest() for image in x]
+    known = set(prints(other.x))
+    return sum(p in known for p in prints(self.x))
 
 # %% ../nbs/03_data.ipynb #2b58581b
 def describe(

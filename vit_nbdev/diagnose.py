@@ -139,7 +139,7 @@ def undisturbed(
     still=(),    # classes of modules that stay in eval mode all the same
     seed=0       # of the random numbers inside
 ):
-    "Inside, modes, random numbers and gradients are as asked for; afterwards everything is as it was"
+    "Inside, modes, random numbers and gradients are as asked for; afterwards they are as they were"
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()   # torch's fused encoder layer would bypass the hooks
     try:
@@ -155,13 +155,18 @@ def undisturbed(
 
 @contextmanager
 def _attributes_kept(model):
-    "Afterwards each module has the attributes that it had"
-    before = [(m, dict(vars(m))) for m in model.modules()]
+    "Afterwards each module has the attributes that it had, and plain lists, dicts and sets what was in them"
+    before, torchs = [(m, dict(vars(m))) for m in model.modules()], vars(torch.nn.Module())
+    held = [(v, v.copy()) for _, attributes in before for name, v in attributes.items()
+            if name not in torchs and type(v) in (list, dict, set)]
     try: yield
     finally:
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
+        for v, content in held:
+            v.clear()
+            (v.extend if type(v) is list else v.update)(content)
 
 # %% ../nbs/07_diagnose.ipynb #226c1a38
 @contextmanager
@@ -255,11 +260,14 @@ def _name_of(call): return call.name if call else ''
 # %% ../nbs/07_diagnose.ipynb #66f7e63e
 def is_content(
     t # an input tensor
-) -> bool: # False for masks: booleans, zeros and ones, floats with -Inf in them
+) -> bool: # False for masks: booleans, whole zeros and ones, floats with -Inf in them
     "Does this input say what is there (pixels, tokens), rather than where it is?"
     if t.ndim == 0 or t.is_complex() or t.dtype == torch.bool or not t.numel(): return False
     if t.is_floating_point(): return not (t == -torch.inf).any()
     return bool((t > 1).any() or (t < 0).any())
+
+def _is_mask(t, mask): # floats that say what the mask says, or the contrary
+    return t.is_floating_point() and t.shape == mask.shape and any(torch.equal(t, m.to(t)) for m in (mask, ~mask))
 
 def _noise(t): return torch.randn(t.shape, generator=torch.Generator().manual_seed(170603762)).to(t)
 
@@ -412,7 +420,7 @@ class _Changes(_Runner):
 
 # %% ../nbs/07_diagnose.ipynb #c3d77038
 class Probe(_Changes):
-    "A model and a small batch, run as often as the checks need and left exactly as they were"
+    "A model and a small batch, run as often as the checks need; parameters, buffers, modes and random numbers stay"
     def __init__(self,
         model,          # any `nn.Module`
         x,              # its input, batch first: a tensor, a tuple of arguments or a dict of keyword arguments
@@ -428,6 +436,7 @@ class Probe(_Changes):
         self.model, self.size, self.output = model, len(rows), output or first_output
         self.x, self.y = map_tensors(take, _as_arguments(x)), None if y is None else take(y)
         batched = [t for t in tensors(self.x) if t.ndim and t.numel() and len(t) == self.size]
+        if mask is not None: batched = [t for t in batched if not _is_mask(t, take(mask))]
         whole = [t for t in batched if t.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)]
         self.content = [t for t in batched if is_content(t)] or whole[:1]    # tokens of two kinds look like a mask
         self.mask = _allowed(self.content, causal, mask, size, take)
@@ -597,9 +606,9 @@ def check_training_batch(p: Probe) -> list[Finding]:
     for still in stills:
         mode, watch = dict(train=True, still=still), Watch()
         with Calm():
-            out, mates = p.run(**mode), p.run(p.replaced(~p.rows(0)), **mode)
-            if not differs(mates[:1], out[:1]).any(): continue
-            out = p.run(watch=watch, **mode)
+            out, first = p.run(watch=watch, **mode), p.rows(0)
+            heard = p.run(p.replaced(first), **mode)[1:], p.run(p.replaced(~first), **mode)[:1]   # by others; by it
+            if not any(differs(new, old).any() for new, old in zip(heard, (out[1:], out[:1]))): continue
             crosses, call = mixing(p, (watch, out), **mode)
         if not crosses: continue       # by rounding
         norm = isinstance(call and call.module, _BatchNorm)

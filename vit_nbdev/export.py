@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from .interpret import _names_classes
 from .preprocessing import Preprocessing
 from .report import _trained_on, percent, settings_table, wilson
 from .runs import load_model, trained_model
@@ -22,19 +23,20 @@ from .vit import ViT
 
 # %% ../nbs/09a_export.ipynb #6665b2e4
 class Deployed(nn.Module):
-    "A model and what stands before and behind it: from pixels to probabilities"
+    "A model and what stands before and behind it: from pixels to probabilities, or to features where it has no classes"
     def __init__(self,
         model: ViT,                    # as `load_model` and `load_pretrained` give it
         preprocessing: Preprocessing,  # what it expects of an image
     ):
         super().__init__()
         self.model, self.preprocessing = model, preprocessing
+        self.outputs = ['logits', 'probabilities'] if _names_classes(model, preprocessing) else ['features']
 
     def forward(self,
         pixels: Tensor,  # `(b c h w)`, uint8, of the size that the preprocessing gives
-    ) -> tuple[Tensor, Tensor]:  # logits and probabilities, `(b n_classes)` each
-        logits = self.model(self.preprocessing.normalise(pixels))
-        return logits, self.preprocessing.probabilities(logits)
+    ) -> tuple[Tensor, ...]:  # logits and probabilities, `(b n_classes)` each; or features alone, `(b dim)`
+        out = self.model(self.preprocessing.normalise(pixels))
+        return (out, self.preprocessing.probabilities(out)) if len(self.outputs) == 2 else (out,)
 
 # %% ../nbs/09a_export.ipynb #7b45fe15
 _ONE_FILE = 1536*2**20          # bytes, from which on torch puts the weights beside the .onnx file
@@ -46,17 +48,18 @@ def _write_onnx(deployed, example, file):
         raise ImportError(f"writing ONNX needs {e.name}: pip install 'vit_nbdev[onnx]'") from None
     dynamic = ({0: torch.export.Dim('batch')},)
     program = torch.onnx.export(deployed, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False,
-                                input_names=['pixels'], output_names=['logits', 'probabilities'])
+                                input_names=['pixels'], output_names=deployed.outputs)
     prep = deployed.preprocessing
     program.model.metadata_props.update(preprocessing=json.dumps(prep.to_dict()), labels=json.dumps(list(prep.labels)))
     program.save(file)
 
 def _run_onnx(file):
-    "The function in an ONNX file, from pixels to logits; None without onnxruntime"
+    "The function in an ONNX file, from pixels to logits or features; None without onnxruntime"
     try: import onnxruntime
     except ImportError: return None
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
-    return lambda pixels: torch.from_numpy(session.run(['logits'], {'pixels': pixels.numpy()})[0])
+    first = session.get_outputs()[0].name
+    return lambda pixels: torch.from_numpy(session.run([first], {'pixels': pixels.numpy()})[0])
 
 # %% ../nbs/09a_export.ipynb #c2ab83de
 def _write_pt2(deployed, example, file):
@@ -67,7 +70,7 @@ def _write_pt2(deployed, example, file):
     torch.export.save(program, file, extra_files=extra)
 
 def _run_pt2(file):
-    "The function in a file of `torch.export`, from pixels to logits"
+    "The function in a file of `torch.export`, from pixels to logits or features"
     module = torch.export.load(file).module()
     return lambda pixels: module(pixels)[0]
 

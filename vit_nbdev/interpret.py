@@ -49,7 +49,7 @@ def _record(model, x, layer=None, rollout=False):
     for one map nobody has to hold them all.
     """
     x = _images(x)
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), _uncompiled(model), torch.no_grad():
         _grid(x, model.config)
         pool = ['attn_pool.attn']*(model.config.pool == 'map')
         names = None if layer is None else [f'encoder.blocks.{layer}.attn', *pool]
@@ -120,12 +120,23 @@ def _logits(model, x):
         _grid(x, model.config)
         return model(x)
 
+# %% ../nbs/06_interpret.ipynb #compl001
+@contextmanager
+def _uncompiled(model):
+    "Inside, a model that was compiled in place (`model.compile()`) runs as written: compiled code calls no hooks"
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    try:
+        for m in compiled: m._compiled_call_impl = None
+        yield
+    finally:
+        for m, call in compiled.items(): m._compiled_call_impl = call
+
 # %% ../nbs/06_interpret.ipynb #712adcda
 def _attention_steps(model, x, target):
     "Weights times the gradient of the score of `target`, one step `(b n m)` for each attention of the model"
     calls = []
     def keep(module, args, out): calls.append((*args, out))
-    with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with _evaluating(model), _uncompiled(model), torch.inference_mode(False), torch.enable_grad():
         _grid(x, model.config)
         target = _targets(model, target, len(x))
         handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, FusedAttention)]
@@ -168,7 +179,7 @@ def _targets(model, target, n):
                          f"expected a class index, or {n} of them, one per image")
     bad = target[(target < 0) | (target >= n_classes)].flatten().tolist()
     if bad: raise ValueError(f"target={bad[0]}, but the model has {n_classes} classes: 0 to {n_classes - 1}")
-    return target.expand(n)
+    return target.long().expand(n)
 
 # %% ../nbs/06_interpret.ipynb #e8f19e89
 METHODS = ('attention', 'rollout', 'relevance')
@@ -229,9 +240,12 @@ def _names_classes(model, prep):
 
 def _labels(model, preprocessing):
     "Names of the classes, or their numbers; none if the head leads to no classes"
-    prep = _preprocessing(preprocessing)
-    if prep is not None and not _names_classes(model, prep): return []
-    return [str(name) for name in (prep and prep.labels or range(model.config.n_classes))]
+    prep, n = _preprocessing(preprocessing), model.config.n_classes
+    labels = prep.labels if prep is not None else ()
+    if labels and n not in (0, len(labels)):
+        raise ValueError(f"preprocessing has {len(labels)} labels, but the model has {n} classes: give the model's own")
+    if not labels and getattr(model, 'embeds', False) or prep is not None and not _names_classes(model, prep): return []
+    return [str(name) for name in labels or range(n)]
 
 def _drawable(label, longest=24):
     "A class name as text: bytes that are none are written out, and a very long name is cut"
@@ -446,20 +460,25 @@ def embedding_map(
     from sklearn.manifold import TSNE
     if len(x) < 3 or len(x) != len(y):
         raise ValueError(f"there are {len(x)} images and {len(y)} classes, expected as many, and three or more")
+    if y.dim() != 1 or y.is_floating_point():
+        raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}: give one class an image")
+    y = y.cpu()
     prep, labels = _preprocessing(preprocessing), _labels(model, preprocessing)
-    names = prep and prep.labels or labels or map(str, range(int(y.max()) + 1))      # without a head, those of the data
+    names = prep and prep.labels or labels or [str(i) for i in range(int(y.max()) + 1)]  # without a head, the data's
+    if not 0 <= y.min() <= y.max() < len(names):
+        raise ValueError(f"y is from {y.min()} to {y.max()}, but there are {len(names)} classes")
     with _evaluating(model), torch.no_grad():
         pooled = torch.cat([model.pool(model.forward_features(part)) for part in _images(x).split(bs)])
-        wrong = (model.head(pooled).argmax(dim=1) != y).cpu() if labels else None
+        wrong = model.head(pooled).argmax(dim=1).cpu() != y if labels else None
     tsne = TSNE(perplexity=min(30, (len(x) - 1)/3), random_state=seed)
     xy = tsne.fit_transform(pooled.float().cpu().numpy())
     fig, ((ax,),) = new_figure(figsize=(5.2, 4.2))
     outline = [withStroke(linewidth=3, foreground='white')]
     for i, label in enumerate(names):
-        part = xy[(y == i).cpu()]
+        part = xy[y == i]
         if not len(part): continue
         ax.scatter(*part.T, s=6, color=f'C{i % 10}', linewidths=0)
-        ax.annotate(label, np.median(part, axis=0), xytext=(0, 9), textcoords='offset points', ha='center',
+        ax.annotate(_drawable(label), np.median(part, axis=0), xytext=(0, 9), textcoords='offset points', ha='center',
                     fontweight='bold', path_effects=outline, parse_math=False)
     if wrong is not None:
         mistakes = f'mistakes: {wrong.sum()} of {len(y)}'
@@ -492,7 +511,7 @@ def deletion_insertion(
         raise ValueError(f"scores have shape {tuple(scores.shape)}, expected a number per patch: {(len(x), *grid)}")
     if step not in range(1, scores[0].numel() + 1) or scores[0].numel() % step:
         raise ValueError(f"step={step!r} must divide the {scores[0].numel()} patches")
-    order = scores.flatten(1).argsort(dim=1, descending=True, stable=True)
+    order = scores.to(x.device).flatten(1).argsort(dim=1, descending=True, stable=True)
     place = order.argsort(dim=1).unflatten(1, grid)                 # of each patch in the queue
     blank = torch.as_tensor(fill).to(x).expand_as(x)
     def probs(keep):

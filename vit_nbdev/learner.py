@@ -10,6 +10,7 @@ __all__ = ['STEM', 'OPTIMIZERS', 'FINETUNE', 'RECIPES', 'FORMAT', 'vit_groups', 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
 import inspect, io, os, pickle, random, re, time, warnings
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from numbers import Real
@@ -24,12 +25,12 @@ import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_f
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
-from fastai.callback.tracker import ReduceLROnPlateau, TrackerCallback
+from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.layers import NoneReduce
-from fastai.learner import CancelEpochException, CancelFitException, Learner, Recorder
+from fastai.learner import CancelEpochException, CancelFitException, Learner, Metric, Recorder
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import ActivationType, accuracy, accuracy_multi, skm_to_fastai
 from fastai.optimizer import Optimizer
@@ -221,6 +222,11 @@ class ViTLearner(Learner):
 def _with_events(self: ViTLearner, f, event_type, ex, final=noop):
     if event_type == 'fit': self.first_epoch = 0       # whatever became of the fit before
     Learner._with_events(self, f, event_type, ex, final)
+    if event_type != 'fit' or not hasattr(self, 'recorder'): return
+    for cb in self.cbs:           # before those of this fit alone are gone
+        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end):    # it has loaded its best epoch
+            scores = [row[cb.idx] for row in self.recorder.values] if hasattr(cb, 'idx') else []     # it never began
+            if cb.best in scores: self.recorder.kept = self.recorder.values, scores.index(cb.best)
 
 def _no_fit(learn):
     "Is a fit no training: a search for a learning rate, or what fastai makes of a validation?"
@@ -230,17 +236,24 @@ def _no_fit(learn):
 def _record_kept(learn):
     "Afterwards `Recorder` and what is `of_the_fit` hold what they held, although fastai validates as if it were a fit"
     before, learn.validating = learn.validating, True
-    kept = [(cb, dict(vars(cb))) for cb in learn.cbs
+    place = {name: vars(learn)[name] for name in ('epoch', 'train_iter', 'pct_train') if name in vars(learn)}
+    kept = [(cb, {k: copy(v) if isinstance(v, Metric) else v for k, v in vars(cb).items()}) for cb in learn.cbs
             if isinstance(cb, Recorder) or hasattr(type(cb), 'of_the_fit')]
     try: yield
     finally:
         learn.validating = before
+        vars(learn).update(place)
         for cb, state in kept: vars(cb).update(state)
+
+@patch
+def tta(self: ViTLearner, *args, **kwargs):
+    with _record_kept(self): return Learner.tta(self, *args, **kwargs)
 
 # %% ../nbs/04_learner.ipynb #96a469e4
 @patch
 def summary(self: ViTLearner):
-    text, ps = Learner.summary(self), list(self.model.parameters())
+    with _record_kept(self): text = Learner.summary(self)
+    ps = list(self.model.parameters())
     n, trained = (sum(p.numel() for p in some) for some in (ps, [p for p in ps if p.requires_grad]))
     missed = n - int(re.search(r'Total params: ([\d,]+)', text)[1].replace(',', ''))
     for words, value in {'params': n, 'trainable params': trained, 'non-trainable params': n - trained}.items():
@@ -306,17 +319,22 @@ def normalise_as(
     if hasattr(dls, 'preprocessing'):
         p = preprocessing
         dls.preprocessing = replace(dls.preprocessing, mean=p.mean, std=p.std, scale=p.scale)
+        for dl in loaders: dl.dataset.preprocessing = dls.preprocessing      # `learn.export()` keeps these alone
 
 def _statistics(*values):
     "Mean and standard deviation in words"
     mean, std = ('/'.join(f'{v:.3g}' for v in torch.as_tensor(x).flatten().tolist()) for x in values)
     return f'mean {mean}, std {std}'
 
+# %% ../nbs/04_learner.ipynb #adopt001
 def _adopt(dls, model, loss):
     "A trained model learns the classes of these loaders, and these look at images as it does"
     normalise_as(dls, model.preprocessing)
     before = model.preprocessing.labels
-    if hasattr(dls, 'preprocessing'): model.preprocessing = dls.preprocessing
+    if hasattr(dls, 'preprocessing'):
+        h, w = size = dls.preprocessing.img_size
+        if isinstance(model, ViT) and size != model.config._sides: model.set_resolution(h if h == w else size)
+        model.preprocessing = dls.preprocessing
     elif vocab := getattr(dls, 'vocab', None):
         model.preprocessing = replace(model.preprocessing, labels=tuple(map(str, vocab)),
                                       several=isinstance(loss, BCEWithLogitsLossFlat))
@@ -337,12 +355,14 @@ def _renew_head(model, before, now):
               f'the head begins anew: it was of as many other classes ({a}; now {b})')
 
 def _check_classes(dls, model, loss):
-    "Refuse a model of another number of classes than the loaders have"
+    "Refuse a model of another number of classes than the loaders have; a head put in by hand goes into its `config`"
     if not isinstance(model, ViT) or not isinstance(loss, (CrossEntropyLossFlat, BCEWithLogitsLossFlat)): return
     n, has = get_c(dls), getattr(model.head, 'out_features', 0 if isinstance(model.head, nn.Identity) else None)
     if has == 0 and not n: raise ValueError("the loaders don't say how many classes there are: set dls.vocab or dls.c")
     if has is not None and n and has != n:
         raise ValueError(f"the model has {has} classes, and the loaders have {n}: make or load it with n_classes={n}")
+    own = isinstance(model.head, nn.Linear) and model.head.bias is not None
+    if own and model.head.in_features == model.config.pooled_dim: model.config = replace(model.config, n_classes=has)
 
 # %% ../nbs/04_learner.ipynb #lrn00001
 FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)
@@ -351,7 +371,7 @@ def vit_learner(
     dls: DataLoaders,              # batches of images `(b c h w)` and labels `(b)`
     model: str|nn.Module|None = None,  # a name that `vit` knows, built for these images (default 'S/16'); or a model
     lr: float|None = None,         # the default of `fit_one_cycle` and `fit`; here 3e-3, of trained weights 3e-4
-    wd: float = 0.05,              # weight decay of matrices and kernels, see `adamw`
+    wd: float|None = None,         # weight decay; default: the optimizer's own, of `adamw` and `muon` 0.05
     layer_decay: float|None = None,  # a block's rate over that of the block above (Clark 2020); 0: none; by default
                                    # 0.75 of trained weights (`pretrained`, or a model with `preprocessing`)
     label_smoothing: float = 0.,   # fraction of a label's weight that is spread over all classes (Szegedy 2015)
@@ -500,9 +520,9 @@ class KeepBest(Callback):
         self.weights = {k: v.detach().clone() for k, v in get_model(self.learn.model).state_dict().items()}
 
     def after_fit(self):
-        if self.idle: return
-        if self.weights: get_model(self.learn.model).load_state_dict(self.weights)
-        self.weights = {}
+        if self.idle or not self.weights: return
+        get_model(self.learn.model).load_state_dict(self.weights)
+        self.weights, self.recorder.kept = {}, (self.recorder.values, self.best)
 
     def state_dict(self): return dict(score=self.score, best=self.best, last=self.last, weights=self.weights)
 
@@ -754,6 +774,7 @@ def _random_states(dls):
     kind, keys, *rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
                 loaders=[getattr(dl, 'dl', dl).rng.getstate() for dl in dls])   # a distributed loader has ours as `dl`
 
 def _set_random_states(states, dls):
@@ -762,6 +783,7 @@ def _set_random_states(states, dls):
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states['torch'])
     for i, state in enumerate(states['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, i)
+    if states.get('mps') is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(states['mps'])
     for dl, state in zip(dls, states['loaders'], strict=True): getattr(dl, 'dl', dl).rng.setstate(state)
 
 # %% ../nbs/04_learner.ipynb #trck0001

@@ -22,7 +22,7 @@ from .data import (SPLITS, ImageTensors, TensorDL, _as_asked, _set_apart, _strea
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.imports import Transform
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, default_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image
@@ -283,7 +283,8 @@ def _claim(folder, settings):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
-            if any(p.name[0] != '.' for p in folder.iterdir()):
+            others = any(p.name[0] != '.' and p != file for p in folder.iterdir())
+            if others and not file.is_file():            # else another process has just begun it
                 raise ValueError(f"{folder} holds other things than a cache: give an empty folder")
             tmp.write_text(json.dumps(settings))
             os.replace(tmp, file)
@@ -350,10 +351,10 @@ def stream_dls(
         if augment is not False and not i: ds.crop = crop or RandomCrop()
         first = dict(shuffle=True, drop_last=len(ds) > bs) if i == 0 else {}
         return StreamDL(ds, bs=bs, after_batch=tfms, num_workers=workers, **first)
+    if device is None: device = default_device()
     dls = DataLoaders(*(loader(i, *split) for i, split in enumerate((train, valid, test))), device=device)
-    dls.to(dls.device)
     dls.preprocessing = prep
-    shown = _words(dls.train.dataset.crop)
+    shown, workers = _words(dls.train.dataset.crop), dls.train.fake_l.num_workers        # fastai has none on a Mac
     dls.stream = f"pictures are read as they are needed, by {workers} worker processes; in training {shown}"
     if cache: dls.stream += f"; what was decoded is kept in {cache.folder}"
     return dls
@@ -440,6 +441,8 @@ def dataset_dls(
     kwargs = dict(bs=bs, augment=augment, device=device)
     if _stream(sum(len(rows) for rows, _ in data.values()), prep, True if streaming and stream is None else stream):
         return stream_dls(*data.values(), vocab, prep, stats=stats, **streaming, **kwargs)
+    if streaming:
+        raise ValueError(f"{some(streaming)} is for pictures that are read as they are needed: say stream=True")
     data = {split: (rows[:], y) for split, (rows, y) in data.items()}
     if stats: prep = replace(prep, **dict(zip(('mean', 'std'), channel_stats(data['train'][0]))))
     return tensor_dls(*data.values(), vocab, preprocessing=prep, **kwargs)

@@ -277,7 +277,8 @@ def _in_channels(prep, image):
 # %% ../nbs/02a_preprocessing.ipynb #deep0001
 def _deep(im):
     "Has a picture that is not decoded yet colours of 16 bits, of which pillow keeps 8?"
-    def sixteen(codec, args): return ';16' in str(args) or codec in ('ppm', 'ppm_plain') and args[-1] > 255
+    def sixteen(codec, args):        # those of a bitmap are a text
+        return ';16' in str(args) or codec in ('ppm', 'ppm_plain') and isinstance(args, tuple) and args[-1] > 255
     return im.mode[0] not in 'IF' and any(sixteen(tile[0], tile[3]) for tile in getattr(im, 'tile', []))
 
 def _turned(im: Image.Image) -> int:    # 1: not at all; 5 to 8: on its side

@@ -807,6 +807,7 @@ def _preprocessing(origin, facts, old, new, changes):
                          "pass n_classes=0 for the features alone")
     one = origin.startswith('transformers') and new.n_classes == 1
     if kept and (one or problem == 'multi_label_classification'): prep = replace(prep, several=True)
+    if not kept: prep = replace(prep, several=False)         # a new head is for other classes
     if labels is None and kept: labels = _imagenet(facts.get('library', origin), new.n_classes)
     if labels is None or len(labels) != new.n_classes:
         labels = () if kept and facts.get('embedding') else [str(i) for i in range(new.n_classes)]
@@ -991,7 +992,7 @@ def load_pretrained(
     model = _build(new, w)
     model.preprocessing = _preprocessing(origin, facts, old, new, changes)
     model.embeds = not model.preprocessing.labels            # the head leads into the space that CLIP's texts share
-    model.mirrors = facts.get('mirrors', False)              # for `views`
+    model.mirrors = facts.get('mirrors', False) and old.n_classes == new.n_classes       # for `views`
     if 'prep' not in facts: assumed |= ORIGINS[origin]['prep']
     if 'no_processor' in facts: assumed |= {k: getattr(model.preprocessing, k) for k in _OF_IMAGES}
     values = ', '.join(f'{k}={v!r}' for k, v in assumed.items())
@@ -1132,6 +1133,8 @@ def to_timm(model: ViT) -> dict[str, Tensor]:  # a state dict for timm, which sh
     for k, values in NOT_TIMMS.items():
         mine = getattr(c, k)
         if mine in values: raise ValueError(f"can't convert a model with {k}={mine!r}: timm's ViT has none")
+    if c.pool == 'map' and c.pool_heads not in (None, c.n_heads):
+        raise ValueError(f"can't convert a model with pool_heads={c.pool_heads}: timm's has as many as the blocks")
     w = _names(model, TIMM)
     for part in ('weight', 'bias'):
         if (x := w.pop(f'attn_pool.attn.qkv.{part}', None)) is None: continue
@@ -1148,4 +1151,6 @@ def to_torchvision(model: ViT) -> dict[str, Tensor]:  # a state dict for torchvi
     for k, v in PLAIN.items():
         if (mine := getattr(model.config, k)) != v:
             raise ValueError(f"can't convert a model with {k}={mine!r}: torchvision's ViT has {v!r}")
+    if len(set(model.config._sides)) > 1:
+        raise ValueError(f"can't convert a model with img_size={model.config.img_size}: torchvision's is for squares")
     return _names(model, TORCHVISION)

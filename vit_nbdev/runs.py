@@ -32,7 +32,7 @@ from .data import (IMAGES, _RUN_FILES, _read_csv, cifar10_dls, describe, digits_
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor, get_c
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
@@ -563,6 +563,9 @@ def save_model(
     **facts,                       # anything else that shall stand in `config.json`
 ):
     "Write `model.safetensors` and `config.json`"
+    try: _check_shapes({name: list(x.shape) for name, x in model.state_dict().items()}, model.config)
+    except ValueError as e: raise ValueError(f"load_model could not read this model back ({e}): it is not the one that "
+                                             "its config describes; was a part put in by hand?") from None
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ('torch', 'fastai', 'fastcore')}
@@ -647,6 +650,8 @@ def load_model(
     return model.eval(), config
 
 # %% ../nbs/09_runs.ipynb #67d3510a
+def _names(dls): return tuple(str(name) for name in getattr(dls, 'vocab', None) or range(get_c(dls)))
+
 def learner_preprocessing(
     learn: Learner,      # its model is a `ViT`
 ) -> Preprocessing:      # fastai shows the colour under transparent pixels and turns no photo upright, this does not
@@ -658,7 +663,7 @@ def learner_preprocessing(
         raise ValueError(f"predictions are of one class an image, but these loaders ask for {type(named).__name__}")
     if hasattr(dls, 'preprocessing'): return dls.preprocessing
     fields = dict(img_size=c.img_size, in_chans=c.in_chans, mean=[0.]*c.in_chans, std=[1.]*c.in_chans,
-                  labels=[str(name) for name in dls.vocab])
+                  labels=_names(dls))
     for tfm in [*dls.valid.after_item.fs, *dls.valid.after_batch.fs]:
         if isinstance(tfm, Normalize):
             fields |= {name: getattr(tfm, name).flatten().tolist() for name in ('mean', 'std')}
@@ -685,7 +690,7 @@ def save_run(
     path, model = _run_path(path), get_model(learn.model)
     if not isinstance(model, ViT): raise TypeError(f"the model is a {type(model).__name__}, expected a `ViT`")
     prep = preprocessing or learner_preprocessing(learn)
-    if not prep.labels: prep = replace(prep, labels=tuple(str(name) for name in learn.dls.vocab))
+    if not prep.labels: prep = replace(prep, labels=_names(learn.dls))
     _check_pair(model.config, prep)
     with _run_folder(path, force, resume=False) as part:
         if not rank_distrib(): save_model(model, part, prep, **_recorded(learn))
@@ -695,8 +700,8 @@ def _recorded(learn):
     "How many epochs the last fit had, and the numbers of the one whose weights the model has; none if there is none"
     names = [name for name in getattr(learn.recorder, 'metric_names', [])[1:] if name != 'time']
     rows = [row for row in getattr(learn.recorder, 'values', []) if len(row) == len(names)]   # not a validation's
-    keep = getattr(learn, 'keep_best', None)
-    best = None if getattr(keep, 'weights', None) else getattr(keep, 'best', None)       # those were never put back
+    of, best = getattr(learn.recorder, 'kept', (None, None))        # by `KeepBest`, or by fastai's `SaveModelCallback`
+    if of is not getattr(learn.recorder, 'values', None): best = None       # of a fit before the last
     amid = rows and best is None and len(learn.recorder.losses) > learn.recorder.iters[-1]   # of an epoch
     if not rows or amid: return dict(epochs=len(rows), metrics={})
     facts = dict(epochs=len(rows), metrics=dict(zip(names, map(float, rows[-1 if best is None else best]))))

@@ -66,7 +66,10 @@ def _handler(run, page, most):
                 while left > 0 and (part := self.rfile.read(min(left, 2**16))): left -= len(part)
                 return self.say(413, dict(error=f'the picture has more than {most/1e6:g} MB: make it smaller'))
             data = self.rfile.read(int(length))
-            with lock: facts = answer(run, data)
+            try:
+                with lock: facts = answer(run, data)
+            except (OSError, MemoryError, RuntimeError) as e:           # no fault of the picture: no room, say
+                return self.say(500, dict(error=f'the picture could not be looked at here ({type(e).__name__}: {e})'))
             self.say(400 if 'error' in facts else 200, facts)
     return Handler
 
