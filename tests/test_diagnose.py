@@ -803,3 +803,5 @@ def test_a_mask_of_floats_is_the_mask_all_the_same(padding):
     given = (~keep if padding else keep).float()
     report = diagnose(Mean(), (torch.randint(11, (8, 9)), given), torch.arange(8) % bugs.CLASSES, mask=keep, show=False)
     assert [f for f in worse_than_notes(report) if f[0] == 'mask'] == []
+    with pytest.raises(ValueError, match='mask is torch.float32'):
+        diagnose(Mean(), (torch.randint(11, (8, 9)), given), torch.arange(8) % bugs.CLASSES, mask=given, show=False)

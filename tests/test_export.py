@@ -169,6 +169,10 @@ def test_a_run_that_was_never_tested_says_so(run, hub, tmp_path):
     push_to_hub(tmp_path/'by hand', 'me/x')
     card = (hub/'me/x/README.md').read_text()
     assert 'Never tested. In the last of 3 epochs: accuracy 0.5000.' in card and 'model-index' not in card
+    save_model(model, tmp_path/'by hand', model.preprocessing, test_accuracy=0.75)
+    card = model_card(tmp_path/'by hand', 'me/x')
+    assert '75.00 % of the test images are right; how many there were is not on record' in card
+    assert 'model-index' not in card
 
 def test_a_hub_that_cant_be_reached_or_written_to(run, monkeypatch):
     hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
@@ -223,3 +227,14 @@ def test_features_are_called_so(tmp_path):
     runtime = pytest.importorskip('onnxruntime')
     export(model, tmp_path/'m.onnx')
     assert [o.name for o in runtime.InferenceSession(tmp_path/'m.onnx').get_outputs()] == ['features']
+
+def test_a_full_disk_is_no_fault_of_the_format(tmp_path):
+    import resource
+    model = vit('digits', depth=1)
+    model.preprocessing = Preprocessing(8, [0.5], [0.5], in_chans=1, labels=list('0123456789'))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError): export(model, tmp_path/'m.pt2')
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from programs import shell
-from vit_nbdev import runs
+from vit_nbdev import data as data_module, report, runs
 from vit_nbdev.cli import plain_errors, vit_explain, vit_predict, vit_train
 from vit_nbdev.data import digits_dls
-from vit_nbdev.learner import save_atomic, vit_learner
+from vit_nbdev.learner import load_checkpoint, save_atomic, vit_learner
 from vit_nbdev.preprocessing import Preprocessing
 from vit_nbdev.report import plot_curves
 from vit_nbdev.runs import explain, load_model, predict, save_model, train
@@ -78,6 +78,19 @@ def test_a_run_resumes_from_anywhere(tmp_path, monkeypatch, no_pictures):
     train('there/pictures', resume='moved', device='cpu')
     a, b = ((tmp_path/name/'model.safetensors').read_bytes() for name in ('run', 'moved'))
     assert a == b
+
+def test_a_run_reads_its_pictures_as_it_began_to(tmp_path, monkeypatch, no_pictures):
+    "Whether they fit in memory may be another matter when it goes on; the readers' number is nothing to hold on to"
+    folder = str(pictures(tmp_path/'pictures'))
+    with monkeypatch.context() as short:
+        short.setattr(data_module, 'BUDGET', 0)
+        part = unfinished(tmp_path/'streamed', monkeypatch, data=folder, **FOLDER)
+    assert load_checkpoint(part/'checkpoint.pt')['facts']['stream'] is True
+    settings = load_model(train(resume=tmp_path/'streamed', device='cpu', workers=0))[1]['settings']
+    assert (settings['stream'], settings['workers']) == (True, 0)
+    unfinished(tmp_path/'kept', monkeypatch, data=folder, **FOLDER)
+    monkeypatch.setattr(data_module, 'BUDGET', 0)
+    assert load_model(train(resume=tmp_path/'kept', device='cpu'))[1]['settings']['stream'] is False
 
 def test_a_table_whose_pictures_have_moved(tmp_path, monkeypatch, no_pictures):
     "They are found with --path, as the error says"
@@ -488,3 +501,20 @@ def test_what_is_said_in_any_encoding(encoding, monkeypatch):
     said = stream.buffer.getvalue().decode(encoding)
     assert said.startswith('98.61 ') and said.endswith('\\udcff' + os.linesep)
     assert ('\u00b1' in said) == (encoding != 'ascii') and ('\u6c49' in said) == (encoding == 'utf-8')
+
+def test_samples_that_cant_be_written_cost_no_run(tmp_path, monkeypatch, capsys):
+    "A name, say, that the file system can't encode"
+    def save(*_): raise UnicodeEncodeError('ascii', '猫', 0, 1, 'ordinal not in range(128)')
+    monkeypatch.setattr(report, 'save_samples', save)
+    train(epochs=1, device='cpu', out=tmp_path/'run')
+    assert (tmp_path/'run'/'report.html').exists() and 'samples' in capsys.readouterr().out
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_a_model_of_other_precision_predicts_and_is_explained(run, dtype, tmp_path):
+    model, _ = load_model(run)
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)*4)
+    expected, = predict(model, image)
+    image.save(tmp_path/'x.png')
+    found, = predict(model.to(dtype), image, features=True)
+    np.testing.assert_allclose(found['probabilities'], expected['probabilities'], atol=0.02)
+    assert explain(model, tmp_path/'x.png', tmp_path/'x.html').exists() and model.head.weight.dtype == dtype

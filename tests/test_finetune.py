@@ -230,6 +230,15 @@ def test_what_photographs_begin_with(name, table, weights, pictures, monkeypatch
     assert (seen['recipe'], seen['pretrained']) == (recipe, str(weights) if published else '')
     assert len(said) == bool(sentence) and all(f'start   {sentence}' in text for text in said)
 
+def test_the_first_pictures_may_be_of_a_kind_that_is_not_read(weights, pictures, monkeypatch):
+    "Those of a phone, say, that `skip_bad` leaves out: the others say whether they are photographs"
+    monkeypatch.setattr(runs, 'PHOTOGRAPH', 40)
+    files = sorted(pictures.rglob('*.jpg'))
+    for i in range(20): (files[0].parent/f'000{i:02}.heic').write_bytes(b'of a kind that pillow lacks')
+    rows = [f'{f.relative_to(pictures)},{f.parent.name}' for f in sorted(files[0].parent.glob('*.heic')) + files]
+    (pictures/'heic.csv').write_text('\n'.join(['name,label', *rows]))
+    assert runs._side(str(pictures/'heic.csv'), None, None) == 40
+
 def test_photographs_without_a_network(pictures, monkeypatch, capsys):
     "From scratch, at a size of their own, and it says why; smaller pictures are not worth a try"
     hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')

@@ -242,8 +242,24 @@ def test_a_look_within_a_fit_changes_no_record(some_digits, tmp_path):
         found.append((learn.recorder.values, learn.recorder.iters, learn.keep_best.best, learn.keep_best.last))
     assert found[0] == found[1] and found[0][3] == 3
 
-def test_a_learner_is_on_the_gpu_by_itself(some_digits):
-    "fastai's own, as for its loaders: without a device they would stay on the CPU"
+def test_a_look_within_a_fit_is_seen_by_no_tracker_and_ends_no_bar(some_digits, tmp_path):
+    class Look(Callback):
+        def after_epoch(self):
+            if not self.learn.validating: self.learn.validate(2)
+    found = []
+    for look in ([], [Look()]):
+        set_seed(0)
+        learn = vit_learner(some_digits(), 'digits', path=tmp_path, metrics=accuracy)
+        lines = []
+        with learn.no_bar():
+            learn.logger = lambda row: lines.append(row[0])
+            best = SaveModelCallback(monitor='accuracy')
+            learn.fit_one_cycle(3, 3e-3, cbs=[best, GradientAccumulation(64), *look])
+            found.append((best.best, [row[2] for row in learn.recorder.values], lines, weights(learn).sum().item()))
+    assert found[0] == found[1] and found[0][2] == [0, 1, 2]
+
+def test_loaders_are_on_the_gpu_by_themselves():
+    "As fastai's own are; without a device they, and a model with them, would stay on the CPU"
     assert digits_dls().device == default_device()
 
 def test_the_average_of_a_fit_that_was_cut_off_stays_there(some_digits, tmp_path):

@@ -684,6 +684,10 @@ def test_two_processes_that_begin_a_cache_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), 'iterdir', late)
     PictureCache(cache, PREP)
     with pytest.raises(ValueError, match='holds other things than a cache'): PictureCache(tmp_path, PREP)
+    cache = tmp_path/'other'
+    monkeypatch.setattr(type(tmp_path), 'iterdir', late)
+    with pytest.raises(ValueError, match='is of other settings'): PictureCache(cache, replace(PREP, resize='squash'))
+    assert sorted(p.name for p in cache.iterdir()) == ['00', 'cache.json']
 
 def test_reading_processes_are_counted_as_they_are(folder, monkeypatch):
     "fastai has none on a Mac"

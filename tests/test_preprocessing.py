@@ -1,5 +1,6 @@
 """Pictures of all shapes become the numbers that timm, torchvision and transformers make, or the error says why not."""
-import json, struct, zlib
+import json, os, struct, zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,3 +315,17 @@ def test_a_damaged_note_of_the_camera_says_nothing(kind, tmp_path):
     x = Preprocessing((7, 9), HALF, HALF)(tmp_path/f'a.{kind}')
     assert x.shape == (3, 7, 9) and x[0].min() > 250
     with Image.open(tmp_path/f'a.{kind}') as im: assert torch.equal(Preprocessing((7, 9), HALF, HALF)(im), x)
+
+def test_a_picture_on_its_side_whose_other_notes_are_odd(tmp_path):
+    "pillow's own way writes all notes again, and fails at those of another type than is usual"
+    tiff = b'MM\0*' + struct.pack('>IH', 8, 2) + struct.pack('>HHIHH', 0x112, 3, 1, 6, 0) \
+        + struct.pack('>HHIBBBB', 0x128, 7, 1, 2, 0, 0, 0) + bytes(4)
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)*20).save(tmp_path/'odd.png', exif=tiff)
+    upright = open_image(tmp_path/'odd.png')
+    assert np.array_equal(np.asarray(upright), np.rot90(np.arange(12).reshape(3, 4)*20, -1)) and upright.format == 'PNG'
+    upright.save(tmp_path/'again.png')
+    assert open_image(tmp_path/'again.png').size == upright.size == (3, 4)           # the note is gone
+
+def test_folders_of_windows_are_no_devices(monkeypatch):
+    monkeypatch.setattr('vit_nbdev.preprocessing.os', SimpleNamespace(name='nt', sep='\\', path=os.path))
+    assert not is_special('C:\\dev\\pictures\\a.jpg')

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -13,6 +14,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import (AffineCoordTfm, ImageDataLoaders, MultiCategoryBlock, Normalize,
                                RandomResizedCrop, Resize, ResizeMethod, aug_transforms, load_learner)
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from vit_nbdev import runs
 from vit_nbdev.cli import vit_predict
@@ -208,7 +210,7 @@ def test_heads_that_were_put_in_by_hand(tmp_path, few_digits):
     for n_classes in (0, 12):
         model = vit('digits', depth=1, n_classes=n_classes)
         model.head = nn.Linear(model.config.pooled_dim, 10)
-        learn = vit_learner(digits_dls(device='cpu'), model)
+        learn = vit_learner(digits_dls(device='cpu'), model, loss_func=nn.CrossEntropyLoss())
         again, _ = load_model(save_run(learn, tmp_path/f'{n_classes}'))
         image = np.zeros((8, 8), dtype=np.uint8)
         assert predict(again, image)[0]['probabilities'] == predict(learn, image)[0]['probabilities']
@@ -216,3 +218,26 @@ def test_heads_that_were_put_in_by_hand(tmp_path, few_digits):
     with pytest.raises(ValueError, match='load_model could not read this model back .*a part put in by hand'):
         save_run(vit_learner(digits_dls(device='cpu'), model), tmp_path/'other')
     assert not (tmp_path/'other').exists()
+
+def test_the_weights_are_those_of_the_callback_that_comes_last(tmp_path, few_digits):
+    "`KeepBest` after fastai's own, which has another judge; and fastai's in a plain Learner that has it for good"
+    class Losses(Callback):
+        order = 55
+        def after_epoch(self):
+            row = self.recorder.values[-1]
+            if len(row) == 3: row[1:] = [[1., .3], [2., .9], [3., .6]][self.epoch]
+    dls = digits_dls(device='cpu')
+    learn = vit_learner(dls, vit('digits', depth=1), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=[KeepBest(), SaveModelCallback(), Losses()])
+    assert recorded(learn, tmp_path/'run')['best_epoch'] == 2
+    plain = Learner(dls, vit('digits', depth=1), learn.loss_func, metrics=accuracy, path=tmp_path,
+                    cbs=[SaveModelCallback(), Losses()])
+    with plain.no_bar(), plain.no_logging(): plain.fit(3)
+    assert recorded(plain, tmp_path/'run')['best_epoch'] == 1
+
+def test_names_of_classes_in_an_array(tmp_path):
+    sets = [TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 2)]*2
+    dls = DataLoaders.from_dsets(*sets, bs=4, device='cpu')
+    dls.vocab = np.array(['a', 'b'])
+    learn = vit_learner(dls, 'digits')
+    assert load_model(save_run(learn, tmp_path/'run'))[0].preprocessing.labels == ('a', 'b')

@@ -35,7 +35,7 @@ from fastai.data.transforms import CategoryMap, Category, IntToFloatTensor, Mult
 from fastai.imports import Transform
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_core import (TensorCategory, TensorImage, TensorImageBW, TensorMultiCategory, default_device,
-                               num_distrib)
+                               num_distrib, rank_distrib)
 from fastai.vision.augment import AffineCoordTfm, affine_mat, flip_mat, rotate_mat, zoom_mat
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -470,7 +470,7 @@ def find_images(
         target = os.path.realpath(link)
         if not link.exists(): left_out['a link that leads nowhere'].append(link)
         elif is_special(target): left_out['no ordinary file'].append(link)
-        elif os.path.commonpath([root, target]) == target: left_out['a link to what counts already'].append(link)
+        elif Path(root).is_relative_to(target): left_out['a link to what counts already'].append(link)
         else: sort_in(link, target)
     return sorted(files), dict(left_out)
 
@@ -635,7 +635,13 @@ def _stream(n, prep, stream):
     "Are `n` images streamed? Without being told so if they take more than a quarter of the memory, and it says so"
     need, free = _memory(n, prep)
     processes = max(num_distrib(), 1)          # each has its own
-    if stream is None and (stream := need*processes > BUDGET*free):
+    decides = stream is None
+    if decides:
+        stream = [need*processes > BUDGET*free]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():    # all do as the first
+            torch.distributed.broadcast_object_list(stream)
+        stream, = stream
+    if decides and stream and not rank_distrib():
         (h, w), hint = prep.img_size, ' (stream=False would keep them)' if in_notebook() else ''
         print(f"{n:,} images take {need*processes/1e9:.1f} GB at {h} x {w} pixels, more than "
               f"{BUDGET:.0%} of the free memory: they are read as they are needed{hint}")

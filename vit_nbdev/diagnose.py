@@ -436,7 +436,7 @@ class Probe(_Changes):
         self.model, self.size, self.output = model, len(rows), output or first_output
         self.x, self.y = map_tensors(take, _as_arguments(x)), None if y is None else take(y)
         batched = [t for t in tensors(self.x) if t.ndim and t.numel() and len(t) == self.size]
-        if mask is not None: batched = [t for t in batched if not _is_mask(t, take(mask))]
+        if mask is not None and mask.dtype == torch.bool: batched = [t for t in batched if not _is_mask(t, take(mask))]
         whole = [t for t in batched if t.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)]
         self.content = [t for t in batched if is_content(t)] or whole[:1]    # tokens of two kinds look like a mask
         self.mask = _allowed(self.content, causal, mask, size, take)

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'Deployed', 'largest_difference', 'export', 'model_card', 'push_to_hub']
 
 # %% ../nbs/09a_export.ipynb #1bbd4b64
-import json, os, shutil
+import io, json, os, shutil
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -67,7 +67,9 @@ def _write_pt2(deployed, example, file):
     program = torch.export.export(deployed, (example,), dynamic_shapes=({0: torch.export.Dim('batch')},))
     prep = deployed.preprocessing
     extra = {'preprocessing.json': json.dumps(prep.to_dict()), 'labels.json': json.dumps(list(prep.labels))}
-    torch.export.save(program, file, extra_files=extra)
+    buffer = io.BytesIO()               # of a full disk torch says otherwise
+    torch.export.save(program, buffer, extra_files=extra)
+    Path(file).write_bytes(buffer.getbuffer())
 
 def _run_pt2(file):
     "The function in a file of `torch.export`, from pixels to logits or features"
@@ -136,8 +138,12 @@ def export(
     return difference
 
 # %% ../nbs/09a_export.ipynb #48bb3300
+def _tested(config): return {'test_accuracy', 'n_test', 'settings'} <= config.keys()      # by `train`
+
 def _how_good(config):
     "The sentences about a run's accuracy"
+    if 'test_accuracy' in config and not _tested(config):      # written by hand
+        return f"{percent(config['test_accuracy'])} of the test images are right; how many there were is not on record."
     if 'test_accuracy' not in config:
         said = ', '.join(f'{name} {value:.4f}' for name, value in config.get('metrics', {}).items())
         kept = f"epoch {config['best_epoch']} of" if 'best_epoch' in config else 'the last of'
@@ -161,7 +167,7 @@ def _metadata(name, config):
     from huggingface_hub import EvalResult, ModelCardData
     results = [EvalResult(task_type='image-classification', dataset_type='custom', dataset_split='test',
                           dataset_name=_trained_on(config['settings']), metric_type='accuracy',
-                          metric_value=config['test_accuracy'])] if 'test_accuracy' in config else None
+                          metric_value=config['test_accuracy'])] if _tested(config) else None
     return ModelCardData(library_name='vit_nbdev', pipeline_tag='image-classification', model_name=name,
                          tags=['vision-transformer', 'fastai'], eval_results=results).to_yaml()
 

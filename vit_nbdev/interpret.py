@@ -240,7 +240,7 @@ def _names_classes(model, prep):
 
 def _labels(model, preprocessing):
     "Names of the classes, or their numbers; none if the head leads to no classes"
-    prep, n = _preprocessing(preprocessing), model.config.n_classes
+    prep, n = _preprocessing(preprocessing), getattr(model.head, 'out_features', model.config.n_classes)
     labels = prep.labels if prep is not None else ()
     if labels and n not in (0, len(labels)):
         raise ValueError(f"preprocessing has {len(labels)} labels, but the model has {n} classes: give the model's own")

@@ -8,6 +8,7 @@ __all__ = ['STEM', 'OPTIMIZERS', 'FINETUNE', 'RECIPES', 'FORMAT', 'vit_groups', 
            'Recipe', 'whole_file', 'save_atomic', 'load_checkpoint', 'Checkpoint', 'DealtDL', 'deal', 'Threads']
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
+# longer than 40 lines: imports
 import inspect, io, os, pickle, random, re, time, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
@@ -25,6 +26,8 @@ import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_f
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
@@ -222,24 +225,34 @@ class ViTLearner(Learner):
 def _with_events(self: ViTLearner, f, event_type, ex, final=noop):
     if event_type == 'fit': self.first_epoch = 0       # whatever became of the fit before
     Learner._with_events(self, f, event_type, ex, final)
-    if event_type != 'fit' or not hasattr(self, 'recorder'): return
-    for cb in self.cbs:           # before those of this fit alone are gone
-        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end):    # it has loaded its best epoch
-            scores = [row[cb.idx] for row in self.recorder.values] if hasattr(cb, 'idx') else []     # it never began
-            if cb.best in scores: self.recorder.kept = self.recorder.values, scores.index(cb.best)
+    if event_type == 'fit': _note_kept(self)           # before callbacks of this fit alone are gone
+
+def _note_kept(learn):
+    "Which epoch fastai's `SaveModelCallback` has loaded at the end; `KeepBest` notes its own, and comes after it"
+    recorder = getattr(learn, 'recorder', None)
+    if not getattr(recorder, 'values', None) or getattr(recorder, 'kept', [None])[0] is recorder.values: return
+    for cb in learn.cbs:
+        if isinstance(cb, SaveModelCallback) and cb.reset_on_fit and not (cb.every_epoch or cb.at_end):
+            scores = [row[cb.idx] for row in recorder.values] if hasattr(cb, 'idx') else []     # it never began
+            if cb.best in scores: recorder.kept = recorder.values, scores.index(cb.best)
 
 def _no_fit(learn):
     "Is a fit no training: a search for a learning rate, or what fastai makes of a validation?"
     return hasattr(learn, 'lr_finder') or getattr(learn, 'validating', hasattr(learn, 'gather_preds'))
 
+# %% ../nbs/04_learner.ipynb #kept0001
 @contextmanager
 def _record_kept(learn):
-    "Afterwards `Recorder` and what is `of_the_fit` hold what they held, although fastai validates as if it were a fit"
+    "Afterwards a fit goes on as if nobody had looked, although fastai validates as if it were a fit of its own"
     before, learn.validating = learn.validating, True
-    place = {name: vars(learn)[name] for name in ('epoch', 'train_iter', 'pct_train') if name in vars(learn)}
+    place = {k: vars(learn)[k] for k in ('epoch', 'train_iter', 'pct_train', 'scaler') if k in vars(learn)}
+    of_the_fit = Recorder, ParamScheduler, MixedPrecision, GradientAccumulation, ProgressCallback
     kept = [(cb, {k: copy(v) if isinstance(v, Metric) else v for k, v in vars(cb).items()}) for cb in learn.cbs
-            if isinstance(cb, Recorder) or hasattr(type(cb), 'of_the_fit')]
-    try: yield
+            if isinstance(cb, of_the_fit) or hasattr(type(cb), 'of_the_fit')]
+    for cb, _ in kept: vars(cb).pop('mbar', None)                  # the bar of the fit is not at its end
+    trackers = [cb for cb in learn.cbs if hasattr(cb, '_only_train_loop')]      # they would take this for an epoch
+    try:
+        with learn.removed_cbs(trackers): yield
     finally:
         learn.validating = before
         vars(learn).update(place)
@@ -319,7 +332,8 @@ def normalise_as(
     if hasattr(dls, 'preprocessing'):
         p = preprocessing
         dls.preprocessing = replace(dls.preprocessing, mean=p.mean, std=p.std, scale=p.scale)
-        for dl in loaders: dl.dataset.preprocessing = dls.preprocessing      # `learn.export()` keeps these alone
+        for dl in loaders:                      # `learn.export()` keeps these, and not `dls`
+            if hasattr(dl.dataset, 'preprocessing'): dl.dataset.preprocessing = dls.preprocessing
 
 def _statistics(*values):
     "Mean and standard deviation in words"
@@ -331,13 +345,15 @@ def _adopt(dls, model, loss):
     "A trained model learns the classes of these loaders, and these look at images as it does"
     normalise_as(dls, model.preprocessing)
     before = model.preprocessing.labels
-    if hasattr(dls, 'preprocessing'):
-        h, w = size = dls.preprocessing.img_size
-        if isinstance(model, ViT) and size != model.config._sides: model.set_resolution(h if h == w else size)
-        model.preprocessing = dls.preprocessing
+    if isinstance(model, ViT):
+        ours = hasattr(dls, 'preprocessing')
+        h, w = size = dls.preprocessing.img_size if ours else tuple(dls.valid.one_batch()[0].shape[2:])
+        if size != model.config._sides: model.set_resolution(h if h == w else size)
+    if hasattr(dls, 'preprocessing'): model.preprocessing = dls.preprocessing
     elif vocab := getattr(dls, 'vocab', None):
         model.preprocessing = replace(model.preprocessing, labels=tuple(map(str, vocab)),
                                       several=isinstance(loss, BCEWithLogitsLossFlat))
+    if model.preprocessing.labels: model.embeds = False
     if before != model.preprocessing.labels: model.mirrors = False        # a run's --flip was for its own classes
     _renew_head(model, before, model.preprocessing.labels)
 
@@ -355,14 +371,18 @@ def _renew_head(model, before, now):
               f'the head begins anew: it was of as many other classes ({a}; now {b})')
 
 def _check_classes(dls, model, loss):
-    "Refuse a model of another number of classes than the loaders have; a head put in by hand goes into its `config`"
+    "Refuse a model of another number of classes than the loaders have"
     if not isinstance(model, ViT) or not isinstance(loss, (CrossEntropyLossFlat, BCEWithLogitsLossFlat)): return
     n, has = get_c(dls), getattr(model.head, 'out_features', 0 if isinstance(model.head, nn.Identity) else None)
     if has == 0 and not n: raise ValueError("the loaders don't say how many classes there are: set dls.vocab or dls.c")
     if has is not None and n and has != n:
         raise ValueError(f"the model has {has} classes, and the loaders have {n}: make or load it with n_classes={n}")
-    own = isinstance(model.head, nn.Linear) and model.head.bias is not None
-    if own and model.head.in_features == model.config.pooled_dim: model.config = replace(model.config, n_classes=has)
+
+def _own_head(model):
+    "A linear head that was put in by hand goes into the model's `config`"
+    head, c = model.head, model.config
+    if isinstance(head, nn.Linear) and head.bias is not None and head.in_features == c.pooled_dim:
+        model.config = replace(c, n_classes=head.out_features)
 
 # %% ../nbs/04_learner.ipynb #lrn00001
 FINETUNE = dict(lr=3e-4, layer_decay=0.75)     # public practice (BEiT, MAE)
@@ -378,11 +398,12 @@ def vit_learner(
     pretrained: str|Path|dict|None = None,  # published weights, a source of `load_pretrained`, in place of `model`
     metrics=None,                  # shown after each epoch; default: accuracy, with several labels their F1, too
     **kwargs,                      # the other arguments of `Learner`: `loss_func`, `opt_func`, `cbs`, `path`, ...
-) -> ViTLearner:                   # a fastai `Learner`, on the device of `dls`
+) -> ViTLearner:                   # a fastai `Learner`; a fit moves the model to the device of `dls`
     "A fastai `Learner` that trains a Vision Transformer with AdamW, and cross-entropy or the loaders' own loss"
     model = _build(dls, model, pretrained)
     prep = getattr(model, 'preprocessing', None)
     loss, usual = _loss(dls, label_smoothing)
+    if isinstance(model, ViT): _own_head(model)
     if 'loss_func' not in kwargs: _check_classes(dls, model, loss)
     if prep is not None: _adopt(dls, model, loss)
     fresh = pretrained is None and prep is None

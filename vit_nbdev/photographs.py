@@ -287,7 +287,10 @@ def _claim(folder, settings):
             if others and not file.is_file():            # else another process has just begun it
                 raise ValueError(f"{folder} holds other things than a cache: give an empty folder")
             tmp.write_text(json.dumps(settings))
-            os.replace(tmp, file)
+            try: os.link(tmp, file)                      # which is an error where another was first
+            except FileExistsError: pass
+            except OSError: shutil.copy(tmp, file)       # a file system without links
+            finally: tmp.unlink()
         known = json.loads(file.read_text())
     except OSError as e: raise OSError(f"can't write the cache {folder} ({e.strerror}): give another folder") from e
     except json.JSONDecodeError: known = {}

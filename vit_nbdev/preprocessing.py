@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/02a_preprocessing.ipynb #prep0011
@@ -218,6 +218,7 @@ def _at_size(prep, img_size):
 # %% ../nbs/02a_preprocessing.ipynb #prep0016
 def is_special(path: str|Path) -> bool:
     "Does `path` lead to a device or to what the kernel makes up while it is read, which may never end?"
+    if os.name == 'nt': return False
     _, top, second, *_ = *os.path.realpath(path).split(os.sep), '', ''
     return top in ('proc', 'sys') or top == 'dev' and second != 'shm'
 
@@ -286,10 +287,17 @@ def _turned(im: Image.Image) -> int:    # 1: not at all; 5 to 8: on its side
     try: return im.getexif().get(0x0112, 1)
     except Exception: return 1       # pillow has an error of its own for each kind of damage
 
+_TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90)))     # by the numbers of EXIF
+
 def _upright(im):
     "An image as its camera was held; if it says nothing of that, or no longer, the image itself"
-    if _turned(im) not in range(2, 9): return im
-    upright = ImageOps.exif_transpose(im)       # without the note
+    if _turned(im) not in _TURNS: return im
+    im.load()                                   # pillow may turn it
+    if (turn := _turned(im)) not in _TURNS: return im
+    upright = im.transpose(_TURNS[turn])        # pillow's `exif_transpose` fails where another note is odd
+    for note in ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp'): upright.info.pop(note, None)
     upright.format = im.format
     return upright
 

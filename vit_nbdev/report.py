@@ -312,7 +312,7 @@ def draw_pictures(
             (folder/f'{name}.png').unlink(missing_ok=True)
             failed[name] = why_not(e, folder/f'{name}.png')
     try: save_samples(folder/'samples', images, targets, labels)
-    except OSError as e: failed['samples'] = why_not(e, folder/'samples')
+    except Exception as e: failed['samples'] = why_not(e, folder/'samples')
     return failed
 
 # %% ../nbs/08_report.ipynb #e6d5e4d2

@@ -49,7 +49,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, five_crop, r
 
 from . import __version__
 from .interpret import METHODS, _evaluating, _names_classes, explore, fill_page, show_attention
-from .learner import RECIPES, Checkpoint, Recipe, _no_fit, deal, load_checkpoint, whole_file
+from .learner import RECIPES, Checkpoint, Recipe, _no_fit, _note_kept, deal, load_checkpoint, whole_file
 from .photographs import _readers
 from .preprocessing import Preprocessing, open_image
 from .pretrained import _place, load_pretrained
@@ -195,28 +195,30 @@ WEIGHTS = {       # what photographs begin with: ImageNet-21k, then ImageNet (St
 PHOTOGRAPH = 64   # pixels of a picture's shorter side from which on it is taken for a photograph
 
 def _some_images(folder):
-    "A few image files of a folder, without a look at all of them"
+    "Some image files of a folder, without a look at all of them"
     def outside_runs():
         for place, folders, names in islice(os.walk(folder, followlinks=True), 1000):
             if _RUN_FILES <= set(names): names, folders[:] = [], []
             folders[:] = [name for name in folders if name[0] != '.']       # as `find_images` has it
             yield from (Path(place)/name for name in names if name[0] != '.')
-    return [*islice((f for f in outside_runs() if f.suffix.lower() in IMAGES), 16)] or find_images(folder)[0][:16]
+    return [*islice((f for f in outside_runs() if f.suffix.lower() in IMAGES), 500)] or find_images(folder)[0][:500]
 
 def _side(data, pictures, columns):
     "The shorter side in pixels of a typical picture of a folder or a table, of up to 16; 0 if none can be read"
     if _is_table(data):
         names = _read_csv(data).rename(columns=str.strip).get(_columns(columns)['name'], [])
-        files = [Path(pictures or Path(data).parent)/str(name).strip() for name in names[:16]]
+        files = [Path(pictures or Path(data).parent)/str(name).strip() for name in names[:500]]
     else: files = _some_images(data)
     sides = []
     def note(im):
         sides.append(min(im.size))
         im.draft('RGB', (PHOTOGRAPH, PHOTOGRAPH))          # decode no more than needed
     for file in files:
-        with suppress(ValueError, OSError): open_image(file, opened=note)
+        with suppress(ValueError, OSError): open_image(file, opened=note)      # the first may be HEIC
+        if len(sides) == 16: break
     return int(np.median(sides)) if sides else 0
 
+# %% ../nbs/09_runs.ipynb #reach001
 def _unreachable(name, device):
     "Why published weights can't be had, '' if they are here now; of several processes the first fetches and decides"
     why = ['']
@@ -465,6 +467,9 @@ def _resumed(run, given):
     settings = _checked_facts(part/'checkpoint.pt')
     if given['precision'] == 'auto': given = given | dict(precision=None)       # it was found at the start
     given = given | _moved(given['data'], given['path'], given['pictures'], settings)
+    for k in ('workers', 'cache'):       # which change no result
+        if given[k] is None or k == 'cache' and not settings.get(k): continue
+        settings[k], given = given[k], given | {k: None}
     for k, v in given.items():
         if v is not None and settings.get(k) != v:
             then, now = (str(x) or 'none' for x in (settings.get(k), v))
@@ -650,7 +655,9 @@ def load_model(
     return model.eval(), config
 
 # %% ../nbs/09_runs.ipynb #67d3510a
-def _names(dls): return tuple(str(name) for name in getattr(dls, 'vocab', None) or range(get_c(dls)))
+def _names(dls):
+    vocab = getattr(dls, 'vocab', None)
+    return tuple(map(str, range(get_c(dls)) if vocab is None or not len(vocab) else vocab))
 
 def learner_preprocessing(
     learn: Learner,      # its model is a `ViT`
@@ -700,6 +707,7 @@ def _recorded(learn):
     "How many epochs the last fit had, and the numbers of the one whose weights the model has; none if there is none"
     names = [name for name in getattr(learn.recorder, 'metric_names', [])[1:] if name != 'time']
     rows = [row for row in getattr(learn.recorder, 'values', []) if len(row) == len(names)]   # not a validation's
+    _note_kept(learn)
     of, best = getattr(learn.recorder, 'kept', (None, None))        # by `KeepBest`, or by fastai's `SaveModelCallback`
     if of is not getattr(learn.recorder, 'values', None): best = None       # of a fit before the last
     amid = rows and best is None and len(learn.recorder.losses) > learn.recorder.iters[-1]   # of an epoch
@@ -870,6 +878,7 @@ def _prepare(s, device, part, fewest=0):
     r, dls = _loaders(s, device)
     s['epochs'] = max(s['epochs'], -(-fewest//len(dls.train)))
     r = replace(r, epochs=s['epochs'])
+    if r.data == 'folder': s['stream'] = 'stream' in vars(dls)      # memory may be free when it goes on, or short
     dls.facts = describe(dls)           # before they are dealt to several processes
     if s.setdefault('images', seen := _fingerprint(dls)) != seen:
         raise ValueError(f"the images are not those that {part} was begun with: "
@@ -1059,7 +1068,8 @@ def _stream(model, prep, pairs, bs, workers, features, look):
 
 def _classify(model, prep, pixels, results, features, look):
     "Add to each of `results` what the model says of its `pixels` `(n c h w)`"
-    seen, say = look(prep.normalise(pixels.to(next(model.parameters()).device))), model
+    weight, say = next(model.parameters()), model
+    seen = [x.to(weight.dtype) for x in look(prep.normalise(pixels.to(weight.device)))]
     with _evaluating(model):
         if features:
             seen, say = [model.pool(model.forward_features(x)) for x in seen], model.head
@@ -1160,6 +1170,7 @@ def explain(
     if out.is_dir() or out.exists() and not force:
         raise FileExistsError(f"{out} exists: choose another --out, or --force to replace a page")
     model, prep = _on(device, run)
+    if next(model.parameters()).dtype != torch.float32: model = deepcopy(model).float()
     if target is not None:
         if not _names_classes(model, prep): raise ValueError("the model names no classes: leave the target out")
         target = _class(prep, model.config.n_classes, target)

@@ -93,7 +93,7 @@ class ViTConfig:
     mlp_ratio: float = 4.             # hidden width of the feed-forward network over `dim`
     pool: str = 'cls'                 # what the head reads: 'cls', 'mean' of the patches, 'map' (attention to them),
                                       # 'cls+mean' side by side, 'prefix': all tokens in front side by side
-    cls_token: bool|None = None       # is there a class token? None: only if `pool` is 'cls'
+    cls_token: bool|None = None       # is there a class token? None: only if `pool` is 'cls' or 'cls+mean'
     n_registers: int = 0              # further learned tokens, not read by the head (Darcet 2023)
     positions: str = 'learned'        # 'learned'; 'sincos2d', fixed waves; 'none'
     prefix_positions: bool = True     # have class token and registers learned positions, too?
@@ -290,7 +290,7 @@ def intermediates(self: ViT, x: Tensor) -> dict[str, Tensor]:  # 'embed', 'block
 @patch
 @torch.no_grad()
 def init_weights(self: ViT):
-    "As in the paper's code: Xavier for linear layers, LeCun for convolutions, zeros for head, biases and class token"
+    "As in the paper's code: Xavier for linear layers, LeCun for convolutions, zeros for head and biases"
     c = self.config
     for name, m in self.named_modules():
         if isinstance(m, nn.Conv2d): nn.init.trunc_normal_(m.weight, std=m.weight[0].numel()**-0.5)
