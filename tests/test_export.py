@@ -171,7 +171,7 @@ def test_a_run_that_was_never_tested_says_so(run, hub, tmp_path):
     assert 'Never tested. In the last of 3 epochs: accuracy 0.5000.' in card and 'model-index' not in card
     save_model(model, tmp_path/'by hand', model.preprocessing, test_accuracy=0.75)
     card = model_card(tmp_path/'by hand', 'me/x')
-    assert '75.00 % of the test images are right; how many there were is not on record' in card
+    assert '75.00 % of the test images are right; no more of the test is on record' in card
     assert 'model-index' not in card
 
 def test_a_hub_that_cant_be_reached_or_written_to(run, monkeypatch):

@@ -90,6 +90,8 @@ def test_a_run_reads_its_pictures_as_it_began_to(tmp_path, monkeypatch, no_pictu
     assert (settings['stream'], settings['workers']) == (True, 0)
     unfinished(tmp_path/'kept', monkeypatch, data=folder, **FOLDER)
     monkeypatch.setattr(data_module, 'BUDGET', 0)
+    with pytest.raises(ValueError, match='was begun with --workers None, not 2'):
+        train(resume=tmp_path/'kept', device='cpu', workers=2)
     assert load_model(train(resume=tmp_path/'kept', device='cpu'))[1]['settings']['stream'] is False
 
 def test_a_table_whose_pictures_have_moved(tmp_path, monkeypatch, no_pictures):

@@ -1,5 +1,5 @@
 """Loaders, callbacks and checkpoints of a `ViTLearner`."""
-import os, pickle, time, warnings
+import os, pickle, re, time, warnings
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -242,21 +243,22 @@ def test_a_look_within_a_fit_changes_no_record(some_digits, tmp_path):
         found.append((learn.recorder.values, learn.recorder.iters, learn.keep_best.best, learn.keep_best.last))
     assert found[0] == found[1] and found[0][3] == 3
 
-def test_a_look_within_a_fit_is_seen_by_no_tracker_and_ends_no_bar(some_digits, tmp_path):
+@pytest.mark.parametrize('when', ['after_epoch', 'after_validate'])
+def test_a_look_within_a_fit_is_seen_by_no_tracker_and_ends_no_bar(when, some_digits, tmp_path, capsys):
     class Look(Callback):
-        def after_epoch(self):
+        def look(self):
             if not self.learn.validating: self.learn.validate(2)
+    setattr(Look, when, Look.look)
     found = []
     for look in ([], [Look()]):
         set_seed(0)
         learn = vit_learner(some_digits(), 'digits', path=tmp_path, metrics=accuracy)
-        lines = []
-        with learn.no_bar():
-            learn.logger = lambda row: lines.append(row[0])
-            best = SaveModelCallback(monitor='accuracy')
-            learn.fit_one_cycle(3, 3e-3, cbs=[best, GradientAccumulation(64), *look])
-            found.append((best.best, [row[2] for row in learn.recorder.values], lines, weights(learn).sum().item()))
-    assert found[0] == found[1] and found[0][2] == [0, 1, 2]
+        best, log = SaveModelCallback(monitor='accuracy'), CSVLogger(tmp_path/'log.csv')
+        learn.fit_one_cycle(3, 3e-3, cbs=[best, log, GradientAccumulation(64), *look])
+        shown = re.findall(r'[\r\n](\d) +\d\.\d+', capsys.readouterr().out)
+        found.append((best.best, [list(row[:3]) for row in learn.recorder.values], learn.recorder.hps['lr'], shown,
+                      weights(learn).sum().item(), len((tmp_path/'log.csv').read_text().splitlines())))
+    assert found[0] == found[1] and found[0][3] == [*'012'] and found[0][5] == 4
 
 def test_loaders_are_on_the_gpu_by_themselves():
     "As fastai's own are; without a device they, and a model with them, would stay on the CPU"
@@ -382,8 +384,8 @@ def test_who_validates_leaves_the_checkpoint_alone(look, some_digits, tmp_path):
         assert torch.equal(weights(whole), weights(resumed)) and whole.recorder.values == resumed.recorder.values
 
 def test_a_summary_is_no_fit(some_digits, tmp_path):
-    learn = quick(some_digits(), KeepBest(), Checkpoint(tmp_path/'c.pt'))
-    learn.summary()
+    learn = quick(some_digits(), KeepBest(), Checkpoint(tmp_path/'c.pt'), EarlyStoppingCallback(patience=9))
+    assert 'EarlyStoppingCallback' in learn.summary()
     assert not (tmp_path/'c.pt').exists()
     learn.fit(2)
     before = (tmp_path/'c.pt').read_bytes(), list(learn.recorder.values), learn.keep_best.best

@@ -234,6 +234,11 @@ def test_the_weights_are_those_of_the_callback_that_comes_last(tmp_path, few_dig
                     cbs=[SaveModelCallback(), Losses()])
     with plain.no_bar(), plain.no_logging(): plain.fit(3)
     assert recorded(plain, tmp_path/'run')['best_epoch'] == 1
+    with plain.no_bar(), plain.no_logging():
+        plain.get_preds()
+        assert recorded(plain, tmp_path/'run')['metrics'] == {}
+        plain.lr_find(num_it=25, show_plot=False)
+    vit_learner(dls, vit('digits', depth=1), path=tmp_path, cbs=SaveModelCallback()).lr_find(num_it=25, show_plot=False)
 
 def test_names_of_classes_in_an_array(tmp_path):
     sets = [TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 2)]*2
@@ -241,3 +246,6 @@ def test_names_of_classes_in_an_array(tmp_path):
     dls.vocab = np.array(['a', 'b'])
     learn = vit_learner(dls, 'digits')
     assert load_model(save_run(learn, tmp_path/'run'))[0].preprocessing.labels == ('a', 'b')
+    dls = DataLoaders.from_dsets(sets[0], [], bs=4, device='cpu')                     # and nothing to validate with
+    dls.vocab = np.array(['c', 'd'])
+    assert vit_learner(dls, load_model(tmp_path/'run')[0]).model.preprocessing.labels == ('c', 'd')

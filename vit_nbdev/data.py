@@ -35,7 +35,7 @@ from fastai.data.transforms import CategoryMap, Category, IntToFloatTensor, Mult
 from fastai.imports import Transform
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_core import (TensorCategory, TensorImage, TensorImageBW, TensorMultiCategory, default_device,
-                               num_distrib, rank_distrib)
+                               num_distrib)
 from fastai.vision.augment import AffineCoordTfm, affine_mat, flip_mat, rotate_mat, zoom_mat
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -635,13 +635,7 @@ def _stream(n, prep, stream):
     "Are `n` images streamed? Without being told so if they take more than a quarter of the memory, and it says so"
     need, free = _memory(n, prep)
     processes = max(num_distrib(), 1)          # each has its own
-    decides = stream is None
-    if decides:
-        stream = [need*processes > BUDGET*free]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():    # all do as the first
-            torch.distributed.broadcast_object_list(stream)
-        stream, = stream
-    if decides and stream and not rank_distrib():
+    if stream is None and (stream := need*processes > BUDGET*free):
         (h, w), hint = prep.img_size, ' (stream=False would keep them)' if in_notebook() else ''
         print(f"{n:,} images take {need*processes/1e9:.1f} GB at {h} x {w} pixels, more than "
               f"{BUDGET:.0%} of the free memory: they are read as they are needed{hint}")

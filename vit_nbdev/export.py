@@ -143,7 +143,8 @@ def _tested(config): return {'test_accuracy', 'n_test', 'settings'} <= config.ke
 def _how_good(config):
     "The sentences about a run's accuracy"
     if 'test_accuracy' in config and not _tested(config):      # written by hand
-        return f"{percent(config['test_accuracy'])} of the test images are right; how many there were is not on record."
+        n = f"{config['n_test']:,}" if 'n_test' in config else 'the'
+        return f"{percent(config['test_accuracy'])} of {n} test images are right; no more of the test is on record."
     if 'test_accuracy' not in config:
         said = ', '.join(f'{name} {value:.4f}' for name, value in config.get('metrics', {}).items())
         kept = f"epoch {config['best_epoch']} of" if 'best_epoch' in config else 'the last of'

@@ -26,7 +26,7 @@ import fastai.vision.all   # noqa: F401  gives every Learner fit_one_cycle, lr_f
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -230,11 +230,13 @@ def _with_events(self: ViTLearner, f, event_type, ex, final=noop):
 def _note_kept(learn):
     "Which epoch fastai's `SaveModelCallback` has loaded at the end; `KeepBest` notes its own, and comes after it"
     recorder = getattr(learn, 'recorder', None)
-    if not getattr(recorder, 'values', None) or getattr(recorder, 'kept', [None])[0] is recorder.values: return
+    rows = getattr(recorder, 'values', None)
+    if not rows or hasattr(learn, 'lr_finder') or getattr(recorder, 'kept', [None])[0] is rows: return
+    if any(len(row) != len(recorder.metric_names) - 1 - recorder.add_time for row in rows): return     # a validation's
     for cb in learn.cbs:
-        if isinstance(cb, SaveModelCallback) and cb.reset_on_fit and not (cb.every_epoch or cb.at_end):
-            scores = [row[cb.idx] for row in recorder.values] if hasattr(cb, 'idx') else []     # it never began
-            if cb.best in scores: recorder.kept = recorder.values, scores.index(cb.best)
+        if isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end):
+            scores = [row[cb.idx] for row in rows] if hasattr(cb, 'idx') else []     # it never began
+            if cb.best in scores: recorder.kept = rows, scores.index(cb.best)
 
 def _no_fit(learn):
     "Is a fit no training: a search for a learning rate, or what fastai makes of a validation?"
@@ -242,17 +244,18 @@ def _no_fit(learn):
 
 # %% ../nbs/04_learner.ipynb #kept0001
 @contextmanager
-def _record_kept(learn):
-    "Afterwards a fit goes on as if nobody had looked, although fastai validates as if it were a fit of its own"
+def _record_kept(learn, trackers=True):
+    "After a look between two epochs a fit goes on as if there had been none, although fastai looks by a fit of its own"
     before, learn.validating = learn.validating, True
     place = {k: vars(learn)[k] for k in ('epoch', 'train_iter', 'pct_train', 'scaler') if k in vars(learn)}
     of_the_fit = Recorder, ParamScheduler, MixedPrecision, GradientAccumulation, ProgressCallback
     kept = [(cb, {k: copy(v) if isinstance(v, Metric) else v for k, v in vars(cb).items()}) for cb in learn.cbs
             if isinstance(cb, of_the_fit) or hasattr(type(cb), 'of_the_fit')]
     for cb, _ in kept: vars(cb).pop('mbar', None)                  # the bar of the fit is not at its end
-    trackers = [cb for cb in learn.cbs if hasattr(cb, '_only_train_loop')]      # they would take this for an epoch
+    kept += [(metric, dict(vars(metric))) for metric in learn.metrics]
+    idle = [cb for cb in learn.cbs if hasattr(cb, '_only_train_loop') or isinstance(cb, CSVLogger)]
     try:
-        with learn.removed_cbs(trackers): yield
+        with learn.removed_cbs(idle if trackers else []): yield    # they would take this for an epoch
     finally:
         learn.validating = before
         vars(learn).update(place)
@@ -265,7 +268,7 @@ def tta(self: ViTLearner, *args, **kwargs):
 # %% ../nbs/04_learner.ipynb #96a469e4
 @patch
 def summary(self: ViTLearner):
-    with _record_kept(self): text = Learner.summary(self)
+    with _record_kept(self, trackers=False): text = Learner.summary(self)
     ps = list(self.model.parameters())
     n, trained = (sum(p.numel() for p in some) for some in (ps, [p for p in ps if p.requires_grad]))
     missed = n - int(re.search(r'Total params: ([\d,]+)', text)[1].replace(',', ''))
@@ -346,11 +349,11 @@ def _adopt(dls, model, loss):
     normalise_as(dls, model.preprocessing)
     before = model.preprocessing.labels
     if isinstance(model, ViT):
-        ours = hasattr(dls, 'preprocessing')
-        h, w = size = dls.preprocessing.img_size if ours else tuple(dls.valid.one_batch()[0].shape[2:])
+        ours, dl = hasattr(dls, 'preprocessing'), dls.valid if len(dls.valid) else dls.train
+        h, w = size = dls.preprocessing.img_size if ours else tuple(dl.one_batch()[0].shape[2:])
         if size != model.config._sides: model.set_resolution(h if h == w else size)
     if hasattr(dls, 'preprocessing'): model.preprocessing = dls.preprocessing
-    elif vocab := getattr(dls, 'vocab', None):
+    elif (vocab := getattr(dls, 'vocab', None)) is not None and len(vocab):
         model.preprocessing = replace(model.preprocessing, labels=tuple(map(str, vocab)),
                                       several=isinstance(loss, BCEWithLogitsLossFlat))
     if model.preprocessing.labels: model.embeds = False
@@ -1037,7 +1040,7 @@ def _left_over():
 
 class Threads(Callback):
     "Compute on the cores that other programs leave; idle on a GPU and where OMP_NUM_THREADS or MKL_NUM_THREADS is set"
-    order = -100     # before all others
+    of_the_fit, order = True, -100     # before all others
     def __init__(self,
         clock=time.perf_counter,  # gives seconds
         left_over=_left_over,     # gives the seconds of all cores together that other programs have left so far

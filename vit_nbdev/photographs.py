@@ -289,8 +289,8 @@ def _claim(folder, settings):
             tmp.write_text(json.dumps(settings))
             try: os.link(tmp, file)                      # which is an error where another was first
             except FileExistsError: pass
-            except OSError: shutil.copy(tmp, file)       # a file system without links
-            finally: tmp.unlink()
+            except OSError: os.replace(tmp, file)        # a file system without links
+            finally: tmp.unlink(missing_ok=True)
         known = json.loads(file.read_text())
     except OSError as e: raise OSError(f"can't write the cache {folder} ({e.strerror}): give another folder") from e
     except json.JSONDecodeError: known = {}

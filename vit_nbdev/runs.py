@@ -468,7 +468,7 @@ def _resumed(run, given):
     if given['precision'] == 'auto': given = given | dict(precision=None)       # it was found at the start
     given = given | _moved(given['data'], given['path'], given['pictures'], settings)
     for k in ('workers', 'cache'):       # which change no result
-        if given[k] is None or k == 'cache' and not settings.get(k): continue
+        if given[k] is None or not settings.get('cache' if k == 'cache' else 'stream'): continue
         settings[k], given = given[k], given | {k: None}
     for k, v in given.items():
         if v is not None and settings.get(k) != v:
@@ -872,13 +872,23 @@ class Mixed(MixedPrecision):
 # %% ../nbs/09_runs.ipynb #8bc8830f
 FEWEST_STEPS = 120    # of fine-tuning, where nobody names the epochs: few images are seen more often
 
+def _of_all(value):
+    "What each process has"
+    values = [value]*max(num_distrib(), 1)
+    if len(values) > 1: torch.distributed.all_gather_object(values, value)
+    return values
+
 def _prepare(s, device, part, fewest=0):
     "The recipe, the loaders, the test loader and the learner of a run with settings `s` and at least `fewest` steps"
     set_seed(s['seed'])   # before the loaders, which draw the order of the images from a generator of their own
     r, dls = _loaders(s, device)
     s['epochs'] = max(s['epochs'], -(-fewest//len(dls.train)))
     r = replace(r, epochs=s['epochs'])
-    if r.data == 'folder': s['stream'] = 'stream' in vars(dls)      # memory may be free when it goes on, or short
+    if r.data == 'folder' and s['stream'] is None:     # memory may be free when it goes on, or for another process
+        s['stream'] = any(_of_all('stream' in vars(dls)))
+        if s['stream'] != ('stream' in vars(dls)):
+            set_seed(s['seed'])
+            r, dls = _loaders(s, device)
     dls.facts = describe(dls)           # before they are dealt to several processes
     if s.setdefault('images', seen := _fingerprint(dls)) != seen:
         raise ValueError(f"the images are not those that {part} was begun with: "
