@@ -180,10 +180,17 @@ BAD = {
 @pytest.mark.parametrize('name', BAD)
 def test_bad_words(name, weights, pictures, monkeypatch):
     kwargs, sentence = BAD[name]
+    if 'timm/' in sentence: pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
     monkeypatch.chdir(pictures.parent)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(SystemExit, match=sentence): vit_train.__wrapped__(**{'data': 'pictures'} | QUICK | kwargs)
     assert not Path('runs').exists() or not list(Path('runs').iterdir())
+
+def test_an_old_hub_library_is_a_sentence(monkeypatch):
+    hub = pytest.importorskip('huggingface_hub.errors', reason='huggingface_hub is not installed')
+    monkeypatch.delattr(hub, 'GatedRepoError')
+    from vit_nbdev.pretrained import load_pretrained
+    with pytest.raises(ImportError, match='pip install -U huggingface_hub'): load_pretrained('timm/vit_x')
 
 def test_weights_that_are_not_here_without_a_network(pictures, monkeypatch):
     hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from fastcore.docments import docments
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))           # this checkout's library, wherever another is installed
 MATHJAX = 'mathjax@3.2.2'
 DIRECTIVE = re.compile(r'^#\|.*\n?', flags=re.M)
 COMMON_WORDS = {'train', 'predict', 'explain'}    # in backticks they may well be a folder, or another library's method

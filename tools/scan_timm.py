@@ -20,9 +20,11 @@ from pathlib import Path
 import timm, torch
 from timm.models._hub import save_for_hf
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))           # this checkout's library, wherever another is installed
 from vit_nbdev.pretrained import _facts, load_pretrained
 
-TABLE = Path(__file__).resolve().parent.parent/'nbs'/'05_pretrained_timm.csv'
+TABLE = ROOT/'nbs'/'05_pretrained_timm.csv'
 COLUMNS = ('tag', 'module', 'result', 'difference', 'reason')
 MODULES = ('vision_transformer', 'deit', 'beit', 'eva', 'vision_transformer_hybrid', 'vision_transformer_relpos',
            'vision_transformer_sam', 'naflexvit', 'cait')

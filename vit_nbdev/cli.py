@@ -95,7 +95,12 @@ def parser_of(
     parser = anno_parser(func, func.__name__)
     kind = type('Help', (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
     parser.formatter_class, parser.epilog = kind, examples
-    for action in parser._actions: action.help = (action.help or '').removesuffix(' (default: False)')
+    for action in parser._actions:
+        action.help = (action.help or '').removesuffix(' (default: False)')
+        if action.option_strings and '_' in action.dest:       # fastcore 2 writes --img-size: both are heard
+            ours = f'--{action.dest}'
+            action.option_strings = [ours]
+            parser._option_string_actions |= {ours: action, ours.replace('_', '-'): action}
     options = parser._optionals._group_actions          # argparse can't move one by a public name
     for title, names in (groups or {}).items():
         moved = [option for option in options if option.dest in names.split()]

@@ -1082,19 +1082,21 @@ _FILES = ('model.safetensors', 'model-*.safetensors', 'pytorch_model.bin', 'open
 def _from_hub(name):
     "The folder with the files of a model on the hub, fetched if it is not here"
     try:
-        from huggingface_hub import errors, snapshot_download
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
+                                            RepositoryNotFoundError)
     except ImportError:
-        raise ImportError(f"to fetch {name} from the hub: pip install huggingface_hub, or give a file") from None
+        raise ImportError(f"to fetch {name} from the hub: pip install -U huggingface_hub, or give a file") from None
     try:
         for weights in _FILES:
             folder = Path(snapshot_download(name, allow_patterns=[*_ON_HUB, weights]))
             if sorted(folder.glob(weights)): return folder
-    except errors.GatedRepoError as e:
+    except GatedRepoError as e:
         raise PermissionError(f"{name} is gated: accept its terms on huggingface.co "
                               "and log in with `hf auth login`") from e
-    except errors.RepositoryNotFoundError as e:
+    except RepositoryNotFoundError as e:
         raise FileNotFoundError(f"there is no model {name} on the hub, or it is private: check the name") from e
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError) as e:
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as e:
         raise ConnectionError(f"{name} is not here yet, and the hub can't be reached: "
                               "try again with a network, or give a local file") from e
     except (OSError, MemoryError): raise
