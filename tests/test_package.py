@@ -122,7 +122,8 @@ def test_newest_fastai_and_fastcore(wheel, tmp_path):
     if got.returncode: pytest.skip(f'the newest fastai can not be had here: {got.stderr.strip().splitlines()[-1]}')
     out = run('-c', TRAIN, tmp_path/'run', cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
     assert str(tmp_path/'site') in out and 'fastcore 2.' in out
-    script = 'from vit_nbdev.cli import vit_train as v; print(v.parser().parse_args("--img_size 28 --skip-bad".split()))'
+    asked = 'parser().parse_args("--img_size 28 --skip-bad".split())'
+    script = f'from vit_nbdev.cli import vit_train; print(vit_train.{asked})'
     out = run('-c', script, cwd=tmp_path, PYTHONPATH=str(tmp_path/'site'))
     assert 'img_size=28' in out and 'skip_bad=True' in out
 
