@@ -858,7 +858,7 @@ def test_hub(monkeypatch, tmp_path):
     torch.save(theirs.state_dict(), tmp_path/'pytorch_model.bin')
     same(load_pretrained('timm/some_vit'), theirs, pixels(32, 32), 1e-6)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ImportError, match='pip install huggingface_hub'): load_pretrained('timm/some_vit')
+    with pytest.raises(ImportError, match='pip install -U huggingface_hub'): load_pretrained('timm/some_vit')
 
 def test_what_others_do_not_have():
     def refuses(convert, message, **changes):
