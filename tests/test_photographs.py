@@ -1,5 +1,5 @@
 """Pictures that are read while the model trains: the same images as in memory, each once, what may go wrong."""
-import json, multiprocessing, os, random, time, warnings
+import ast, json, multiprocessing, os, random, time, warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastai.torch_core import set_seed
 from PIL import Image
+from safetensors.numpy import load_file
 from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
@@ -424,7 +425,7 @@ LARGE = Preprocessing(48, [0.4]*3, [0.3]*3)       # 80 x 60 pixels are kept whol
 
 def epochs(dls, n=2): return [torch.cat([xb for xb, _ in dl]) for dl in [*[dls.train]*n, dls.valid, dls[2]]]
 
-def kept(cache): return sorted(cache.rglob('*.npy'))
+def kept(cache): return sorted(cache.rglob('*.safetensors'))
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_cache_changes_no_pixel(folder, tmp_path, monkeypatch, workers):
@@ -446,7 +447,7 @@ def test_what_a_cache_keeps_of_a_large_picture(tmp_path):
     files.cache, whole = PictureCache(tmp_path/'cache', PREP), RandomCrop((1., 1.), (1.3, 1.4))
     difference = files.take(0, whole).float() - plain.take(0, whole).float()
     assert 0 < difference.abs().mean() < 1 and difference.abs().max() < 12
-    assert [np.load(f).shape for f in kept(tmp_path/'cache')] == [(36, 48, 3)]
+    assert [load_file(f)['pixels'].shape for f in kept(tmp_path/'cache')] == [(36, 48, 3)]
     a, b, c = (files.take([0]*20, RandomCrop(), seed) for seed in (5, 5, 6))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -469,9 +470,21 @@ def test_a_cache_follows_the_files(folder, tmp_path):
     for entry, rest in zip(kept(tmp_path/'cache'), (b'', b'none', None)):
         entry.write_bytes(entry.read_bytes()[:300] if rest is None else rest)
     assert torch.equal(x[:], before)
-    for entry in kept(tmp_path/'cache'): assert np.load(entry).shape == (3, 24, 24)
+    for entry in kept(tmp_path/'cache'): assert load_file(entry)['pixels'].shape == (3, 24, 24)
     Image.new('RGB', (80, 60), 'red').save(files[0])
     assert torch.equal(x[0], PREP(files[0])) and not torch.equal(x[0], before[0])
+
+def test_a_cache_parses_no_python(folder, tmp_path, monkeypatch):
+    "Its pictures are read in threads, two of which may not parse at once in Python 3.11 (python/cpython#106905)"
+    x = PictureFiles(sorted((folder/'a').iterdir()), PREP)
+    x.cache = PictureCache(tmp_path/'cache', PREP)
+    before, crop = x[:], x.take([0], RandomCrop(), seed=1)
+    def parse(*args, **kwargs): raise SystemError('AST constructor recursion depth mismatch')
+    with monkeypatch.context() as m:        # pytest itself parses what it reports
+        m.setattr(ast, 'parse', parse)
+        m.setattr(Image, 'open', None)
+        again = x[:], x.take([0], RandomCrop(), seed=1)
+    assert torch.equal(again[0], before) and torch.equal(again[1], crop)
 
 def test_a_disk_that_fills(folder, tmp_path):
     "One sentence, no half file, and the images that there would have been"

@@ -7,7 +7,7 @@ __all__ = ['RandomCrop', 'cropped', 'BadPicture', 'PictureFiles', 'StreamedImage
            'stream_dls', 'PictureRows', 'dataset_dls']
 
 # %% ../nbs/03a_photographs.ipynb #01b612b2
-import atexit, io, json, os, shutil, tempfile, warnings
+import atexit, json, os, shutil, tempfile, warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy
@@ -26,6 +26,8 @@ from fastai.torch_core import TensorImage, default_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -223,7 +225,7 @@ class PictureCache:
 
     def read(self, file: Path, crop: RandomCrop|None, seed: int) -> Tensor:  # -> `(c h w)`
         "As `Preprocessing` reads it; a crop is drawn in the picture as it is kept, so it may be none of `cropped`"
-        if crop is None: return torch.from_numpy(np.array(self.get(file, 'whole', lambda: self.prep(file).numpy())))
+        if crop is None: return torch.from_numpy(self.get(file, 'whole', lambda: self.prep(file).numpy()))
         pixels = self.get(file, 'reduced', lambda: self._reduced(file))
         return _cut_out(pixels, *crop.draw(*pixels.shape[:2], seed), self.prep)
 
@@ -233,9 +235,9 @@ class PictureCache:
         facts = file.stat()
         what = f'{kind} {file.absolute()} {facts.st_size} {facts.st_mtime_ns}'
         name = blake2b(what.encode(errors='surrogateescape'), digest_size=16)
-        path = self.folder/name.hexdigest()[:2]/f'{name.hexdigest()[2:]}.npy'
-        try: return np.load(path, mmap_mode='r')
-        except (FileNotFoundError, EOFError, ValueError): pass        # not there, or damaged
+        path = self.folder/name.hexdigest()[:2]/f'{name.hexdigest()[2:]}.safetensors'
+        try: return load_file(path)['pixels']       # np.load parses Python: two threads that do are an error in 3.11
+        except (FileNotFoundError, SafetensorError, KeyError): pass        # not there, or damaged
         x = make()
         if not self.full: self._write(path, x)
         return x
@@ -257,11 +259,9 @@ def _reduced(self: PictureCache, file):
 def _write(self: PictureCache, path, x):
     "Keep `x`, whole or not at all"
     tmp = path.with_name(f'.{path.name}-{os.getpid()}')
-    data = io.BytesIO()
-    np.save(data, x)
     try:
         path.parent.mkdir(exist_ok=True)
-        tmp.write_bytes(data.getbuffer())
+        tmp.write_bytes(save(dict(pixels=np.ascontiguousarray(x))))
         os.replace(tmp, path)
     except OSError as e:
         tmp.unlink(missing_ok=True)
