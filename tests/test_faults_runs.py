@@ -114,11 +114,14 @@ def test_resume_from_within_the_folder(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(part)
     assert load_model(train(resume='.', device='cpu'))[1]['settings']['epochs'] == 2
 
-def test_a_trained_run_goes_on_to_its_test(tmp_path, monkeypatch, no_pictures, capsys):
+@pytest.mark.parametrize('found, other', [('fp32', 'bf16'), ('bf16', 'fp32')])
+def test_a_trained_run_goes_on_to_its_test(tmp_path, monkeypatch, no_pictures, capsys, found, other):
     "With the precision that was found, if it is asked for again as it was; and nobody is told to delete anything"
+    monkeypatch.setattr(runs, '_has_bf16', lambda _: found == 'bf16')
+    monkeypatch.setattr(runs, '_bf16_ratio', lambda *_: 0.6)
     part = unfinished(tmp_path/'run', monkeypatch, precision='auto')
-    with pytest.raises(ValueError, match='was begun with --precision fp32, not bf16'):
-        train(resume=tmp_path/'run', precision='bf16', device='cpu')
+    with pytest.raises(ValueError, match=f'was begun with --precision {found}, not {other}'):
+        train(resume=tmp_path/'run', precision=other, device='cpu')
     capsys.readouterr()
     train(resume=tmp_path/'run', precision='auto', device='cpu')
     said = capsys.readouterr().out
