@@ -1,5 +1,5 @@
 """Each notebook is a test: it runs from top to bottom, and its assertions hold."""
-import json, re
+import json, re, symtable
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,26 @@ def test_stored_outputs(path):
     outputs = [o for c in cells for o in c['outputs']]
     assert outputs, f'{path.name} is stored without outputs: run tools/run_notebooks.py'
     assert not [o for o in outputs if o['output_type'] == 'error']
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+def test_slow_cells_leave_names_alone(path):
+    "A cell that isn't slow reads what it would read without the slow cells before it: the tests run it without them"
+    def names(source):
+        tables = [top := symtable.symtable(re.sub(r'(?m)^[!%].*', '', source), path.name, 'exec')]
+        for t in tables: tables += t.get_children()
+        read = {s.get_name() for t in tables for s in t.get_symbols()
+                if s.is_referenced() and (t is top or s.is_global())}
+        return {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}, read
+    known, changed = set(), set()
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        flags = re.findall(r'(?m)^#\| (slow|gpu|eval: false)', source)
+        if cell['cell_type'] != 'code' or 'eval: false' in flags: continue
+        stored, read = names(source)
+        if flags: changed |= stored & known
+        else:
+            assert not (wrong := changed & read - stored), f"{cell['id']} reads {wrong}, which a slow cell has changed"
+            known, changed = known | stored, changed - stored
 
 def test_results_page():
     "It shows every cell that begins with `#| result:`, under its caption, with the outputs that are stored now"
