@@ -1,5 +1,5 @@
 """`pytest --slow` runs the slow cells of the notebooks, too; `pytest -n 2 --dist worksteal` takes two cores."""
-import os, signal
+import atexit, os, shutil, signal, tempfile
 from itertools import islice
 
 import pytest
@@ -10,6 +10,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 # before torch is imported: two tests at a time don't share a core, and sums have one order
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')     # no test fetches weights, also where there is a network
+if 'PYTEST_XDIST_WORKER' not in os.environ:      # or has some that were fetched before
+    os.environ['HF_HUB_CACHE'] = tempfile.mkdtemp(prefix='no-weights-')
+    atexit.register(shutil.rmtree, os.environ['HF_HUB_CACHE'], ignore_errors=True)
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true',

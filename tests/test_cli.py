@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import MNIST
 
 from programs import Program, shell
 from vit_nbdev import cli
@@ -345,12 +346,23 @@ def test_bad_training(name, traps, monkeypatch):
     kwargs, sentence = BAD_TRAIN[name]
     if kwargs.get('device') == 'cuda' and torch.cuda.is_available(): pytest.skip('there is a GPU here')
     monkeypatch.chdir(traps)
+    monkeypatch.setattr(MNIST, 'mirrors', [])                    # also where there is a network
     before = contents(traps)
     with pytest.raises(SystemExit, match=sentence) as e:
         vit_train.__wrapped__(**{'epochs': 1, 'device': 'cpu'} | kwargs)
     assert str(e.value).startswith('vit_train: ') and '\n' not in str(e.value)
     assert contents(traps) == before
     assert not list(traps.rglob('.*'))                           # no hidden folder is left
+
+def test_nobody_listens(traps):
+    "A command whose output is closed from the start does its work, or ends with its code, and breaks nowhere"
+    for code, command in ((0, 'vit_train --epochs 1 --device cpu --out run'), (1, 'vit_predict nowhere x.png')):
+        program, *args = command.split()
+        done = subprocess.run(['sh', '-c', 'exec "$0" "$@" >&-', Path(sys.executable).with_name(program), *args],
+                              cwd=traps, capture_output=True, text=True)
+        assert done.returncode == code and 'Traceback' not in done.stderr
+    assert done.stderr.startswith('vit_predict: there is no run folder nowhere')
+    shutil.rmtree(traps/'run')
 
 def test_labels_that_stratify_refuses_are_no_traceback(traps, monkeypatch, tmp_path):
     "A class with too few images to be split"

@@ -375,6 +375,43 @@ def test_free_memory_is_what_a_container_has_left(tmp_path, monkeypatch):
     (tmp_path/'memory.max').write_text('max\n')
     assert data._memory(2, prep)[1] == 64e9
 
+GROUPS = {'of a job, version 2': ('0::/slurm/job7\n', 'slurm/job7', 'memory.max', 'memory.current', 'inactive_file'),
+          'around the job, version 2': ('0::/slurm/job7\n', 'slurm', 'memory.max', 'memory.current', 'inactive_file'),
+          'seen from within': ('0::/../../x\n', '', 'memory.max', 'memory.current', 'inactive_file'),
+          'version 1': ('5:cpu:/a\n4:memory,x:/docker/ab\n', 'memory/docker/ab', 'memory.limit_in_bytes',
+                        'memory.usage_in_bytes', 'total_inactive_file'),
+          'version 1, from within': ('4:memory:/docker/ab\n', 'memory', 'memory.limit_in_bytes',
+                                     'memory.usage_in_bytes', 'total_inactive_file')}
+
+@pytest.mark.parametrize('name', GROUPS)
+def test_free_memory_is_what_a_group_has_left(name, tmp_path, monkeypatch):
+    lines, folder, limit, used, cache = GROUPS[name]
+    monkeypatch.setattr(data.psutil, 'virtual_memory', lambda: SimpleNamespace(available=64e9))
+    monkeypatch.setattr(data, '_CGROUP', tmp_path/'cgroup')
+    monkeypatch.setattr(data, '_GROUPS', tmp_path/'groups')
+    (tmp_path/'groups').write_text(lines)
+    prep, folder = SimpleNamespace(img_size=(8, 8), in_chans=1), tmp_path/'cgroup'/folder
+    assert data._memory(2, prep)[1] == 64e9
+    folder.mkdir(parents=True)
+    for file, text in {limit: '8000\n', used: '7000\n', 'memory.stat': f'anon 6000\n{cache} 500\n'}.items():
+        (folder/file).write_text(text)
+    assert data._memory(2, prep)[1] == 8000 - 7000 + 500
+
+def test_cores_that_are_ours(monkeypatch):
+    for ours, n in (({3}, 1), (set(range(64)), 8)):
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda _: ours, raising=False)
+        assert data._cores() == n
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    monkeypatch.setattr(os, 'cpu_count', lambda: None)
+    assert data._cores() == 1
+
+def test_nobody_is_at_home(monkeypatch):
+    monkeypatch.delenv('VIT_NBDEV_DATA', raising=False)
+    def lost(name): raise RuntimeError('Could not determine home directory.')
+    monkeypatch.setattr(data, 'fastai_path', lost)
+    with pytest.raises(OSError, match='no folder for data sets .Could not.*: name one with VIT_NBDEV_DATA.*--path'):
+        mnist_dls()
+
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='only Linux tells the peak')
 def test_memory_is_little_more_than_the_pixels(tmp_path):
     paint(tmp_path, 'a', 'b', n=100)

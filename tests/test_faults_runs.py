@@ -3,6 +3,7 @@ import errno, json, os, shutil, signal, stat, subprocess, sys
 from contextlib import redirect_stdout
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +153,7 @@ BAD_NUMBERS = {
 @pytest.mark.parametrize('name', BAD_NUMBERS)
 def test_numbers_out_of_range(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_module.psutil, 'virtual_memory', lambda: SimpleNamespace(available=24e9))
     pictures(tmp_path/'pictures')
     kwargs, sentence = BAD_NUMBERS[name]
     with pytest.raises(SystemExit, match=sentence) as e: vit_train.__wrapped__(**dict(device='cpu') | kwargs)
@@ -339,6 +341,31 @@ def test_what_has_the_name_of_a_run_is_not_deleted(tmp_path, monkeypatch):
     assert load_model(run)[1]['settings']['seed'] == 0
     train(resume=run, device='cpu')
     assert load_model(run)[1]['settings']['seed'] == 1 and not (run/'.replaces').exists()
+
+def test_a_disk_is_not_replaced(tmp_path, monkeypatch):
+    "A folder where one is mounted can't be renamed: said before the training"
+    (tmp_path/'run').mkdir()
+    monkeypatch.setattr(os.path, 'ismount', lambda path: path == tmp_path/'run')
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match='run is where a disk is mounted: name a folder in it .--out'):
+            train(epochs=1, device='cpu', out=tmp_path/'run', force=force)
+
+def test_a_run_that_cant_be_renamed_is_replaced(tmp_path, monkeypatch, no_pictures):
+    "As in a container's own layers; and what fails can be done again"
+    run, rename = train(epochs=1, device='cpu', out=tmp_path/'run'), os.rename
+    def refused(a, b, **kwargs):
+        if Path(a).name == 'run': raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(a), None, str(b))
+        return rename(a, b, **kwargs)
+    monkeypatch.setattr(os, 'rename', refused)
+    train(epochs=1, seed=1, device='cpu', out=run, force=True)
+    assert load_model(run)[1]['settings']['seed'] == 1 and [p.name for p in tmp_path.iterdir()] == ['run']
+    put = runs._put_in_place
+    def full(part, out): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(runs, '_put_in_place', full)
+    with pytest.raises(OSError): train(epochs=1, seed=2, device='cpu', out=run, force=True)
+    monkeypatch.setattr(runs, '_put_in_place', put)
+    train(resume=run, device='cpu')
+    assert load_model(run)[1]['settings']['seed'] == 2 and not (run/'.replaces').exists()
 
 # --- Ctrl-C (43) ---
 

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from vit_nbdev import learner
 from vit_nbdev.data import digits_dls, folder_dls, tensor_dls
 from vit_nbdev.learner import (EMA, RECIPES, Checkpoint, HeadFirst, KeepBest, Threads, _judge, _left_over,
                                _random_states, _set_random_states, adamw, head_groups, load_checkpoint, muon,
@@ -837,6 +838,25 @@ def test_what_other_programs_leave(monkeypatch):
         monkeypatch.setattr(psutil, 'LINUX', linux)
         monkeypatch.setattr(os, 'getpriority', lambda which, who: priority, raising=False)
         assert _left_over() == 30 + 4 + 1 + 20 + 2 + 0.5 + ours     # of low priority, ours are in `nice`
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {4, 5, 6}, raising=False)    # a container that numbers anew
+    assert _left_over() == 30 + 4 + 1 + 20 + 2 + 0.5 + 1000 + 5
+
+def test_memory_is_given_back_twice_a_minute(few_digits, monkeypatch):
+    now, calls = [100.], []
+    monkeypatch.setattr(learner.sys, 'platform', 'linux')
+    monkeypatch.setattr(learner.ctypes, 'CDLL', lambda name: SimpleNamespace(malloc_trim=calls.append))
+    assert learner._give_back(90., lambda: now[0]) == 90. and not calls
+    assert learner._give_back(70., lambda: now[0]) == 100. and calls == [0]
+    monkeypatch.setattr(learner.ctypes, 'CDLL', lambda name: SimpleNamespace())           # another C library
+    assert learner._give_back(70., lambda: now[0]) == 100.
+    monkeypatch.setattr(learner.sys, 'platform', 'win32')
+    monkeypatch.setattr(learner.ctypes, 'CDLL', None)
+    assert learner._give_back(70., lambda: now[0]) == 100.
+    said = []
+    monkeypatch.setattr(learner, '_give_back', lambda since: said.append(since) or 7.)
+    learn = vit_learner(digits_dls(device='cpu'), 'digits')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert said[0] == 0. and set(said[1:]) == {7.} and len(said) == sum(map(len, learn.dls.loaders[:2]))
 
 @pytest.mark.parametrize('opt_func', [adamw, muon])
 def test_frozen_means_frozen_also_with_gradients_that_wait(opt_func, few_digits):

@@ -151,7 +151,8 @@ def serving(run, **kwargs):
 
 def post(url, data=None, **headers):
     "Status and answer"
-    try: reply = urllib.request.urlopen(urllib.request.Request(url, data, headers))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))     # this machine needs no proxy
+    try: reply = direct.open(urllib.request.Request(url, data, headers))
     except urllib.error.HTTPError as e: reply = e
     with reply: return reply.status, json.loads(reply.read())
 

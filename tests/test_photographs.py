@@ -1,6 +1,7 @@
 """Pictures that are read while the model trains: the same images as in memory, each once, what may go wrong."""
 import ast, json, multiprocessing, os, random, time, warnings
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -474,6 +475,11 @@ def test_a_cache_follows_the_files(folder, tmp_path):
     Image.new('RGB', (80, 60), 'red').save(files[0])
     assert torch.equal(x[0], PREP(files[0])) and not torch.equal(x[0], before[0])
 
+def test_a_cache_without_shared_memory(folder, tmp_path, monkeypatch):
+    def refused(self): raise RuntimeError('unable to open shared memory object')
+    monkeypatch.setattr(torch.Tensor, 'share_memory_', refused)
+    PictureCache(tmp_path/'cache', PREP)
+
 def test_a_cache_parses_no_python(folder, tmp_path, monkeypatch):
     "Its pictures are read in threads, two of which may not parse at once in Python 3.11 (python/cpython#106905)"
     x = PictureFiles(sorted((folder/'a').iterdir()), PREP)
@@ -701,6 +707,21 @@ def test_two_processes_that_begin_a_cache_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), 'iterdir', late)
     with pytest.raises(ValueError, match='is of other settings'): PictureCache(cache, replace(PREP, resize='squash'))
     assert sorted(p.name for p in cache.iterdir()) == ['00', 'cache.json']
+
+def test_batches_that_are_lost_on_their_way(folder, monkeypatch):
+    "A reading process without shared memory prints what is wrong and goes on with the next batch"
+    dls, whole = loaders(folder), photographs.TensorDL.__iter__
+    assert len(list(dls.train)) == len(dls.train) > 2
+    monkeypatch.setattr(photographs.TensorDL, '__iter__', lambda self: islice(whole(self), 1, None))
+    with pytest.raises(OSError, match='1 of . batches were lost .*/dev/shm.*fewer --workers, or smaller batches'):
+        list(dls.train)
+    next(iter(dls.train))                                    # who stops by himself loses nothing
+
+def test_reading_processes_that_give_nothing(folder, monkeypatch):
+    monkeypatch.setattr(photographs, 'PATIENCE', 1)
+    monkeypatch.setattr(PictureFiles, 'take', lambda *args, **kwargs: time.sleep(30))
+    with pytest.raises(OSError, match='gave none for 1 seconds: try fewer .--workers, 0: none beside this one.'):
+        list(loaders(folder, workers=1).valid)
 
 def test_reading_processes_are_counted_as_they_are(folder, monkeypatch):
     "fastai has none on a Mac"

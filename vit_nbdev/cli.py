@@ -38,6 +38,8 @@ def plain_errors(
     command: str,   # its name, which begins the sentence
 ):
     "End the program with one sentence where the user can cure what is wrong; VIT_NBDEV_DEBUG=1 shows the traceback"
+    for name in ('stdout', 'stderr'):            # closed: nobody listens
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))
     for stream in (sys.stdout, sys.stderr):      # a name in any script must not end a program whose terminal lacks it
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:

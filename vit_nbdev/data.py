@@ -303,7 +303,11 @@ def digits_dls(
 # %% ../nbs/03_data.ipynb #35424613
 def data_path() -> Path:
     "Where data sets are kept: the environment variable `VIT_NBDEV_DATA`, else fastai's data folder"
-    return Path(os.environ.get('VIT_NBDEV_DATA') or fastai_path('data'))
+    if given := os.environ.get('VIT_NBDEV_DATA'): return Path(given)
+    try: return Path(fastai_path('data'))
+    except (RuntimeError, OSError) as e:     # nobody's home, or none that can be written
+        raise OSError(f"there is no folder for data sets ({e}): name one with VIT_NBDEV_DATA, "
+                      "or the data's with --path") from e
 
 def _check_idx(file):
     "Refuse an idx file (the format of MNIST) whose length is not what its header says"
@@ -557,6 +561,11 @@ def left_out_line(
     counts = {why: x if isinstance(x, int) else len(x) for why, x in left_out.items()}
     return 'left out: ' + ', '.join(f'{n:,} x {why}' for why, n in counts.items())
 
+# %% ../nbs/03_data.ipynb #cores001
+def _cores():
+    "Cores that this process may use, 8 at most: as many pictures are decoded at a time, each in memory of its own"
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 8)
+
 # %% ../nbs/03_data.ipynb #a56545bf
 @dataclass
 class Pictures:
@@ -579,7 +588,7 @@ def read_pictures(
             sizes[i] = im.height, im.width
             x[i] = preprocessing(im)
         except (ValueError, OSError) as e: bad[i] = str(e)
-    pool, watched = ThreadPoolExecutor(os.cpu_count()), sys.stdout.isatty() or in_notebook()
+    pool, watched = ThreadPoolExecutor(_cores()), sys.stdout.isatty() or in_notebook()
     try:
         done = pool.map(read, range(len(files)))
         for _ in progress_bar(done, total=len(files), leave=False) if watched else done: pass
@@ -621,15 +630,30 @@ def _set_apart(path, found, vocab, seed):
         found['train'], found[split] = [([files[i] for i in part], [classes[i] for i in part]) for part in parts]
     return {split: found[split] for split in ('train', 'valid', 'test')}
 
+# %% ../nbs/03_data.ipynb #groups01
+_CGROUP, _GROUPS = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')    # where Linux tells the limits of a container
+_V1 = 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'
+_V2 = 'memory.max', 'memory.current', 'inactive_file'
+
+def _left_in_groups():
+    "Bytes that are left to each group of processes that holds this one and has a limit (containers, systemd, Slurm)"
+    lines = _GROUPS.read_text().splitlines() if _GROUPS.is_file() else []
+    for line in [*lines, '0::/', '0:memory:/']:
+        _, kinds, path = line.split(':', 2)                # no kinds: version 2
+        if kinds and 'memory' not in kinds.split(','): continue
+        top, (limit, used, cache) = (_CGROUP/'memory', _V1) if kinds else (_CGROUP, _V2)
+        parts = [part for part in path.split('/') if part not in ('', '..')]
+        for folder in (top.joinpath(*parts[:i]) for i in range(len(parts) + 1)):
+            try: most, now, stat = ((folder/name).read_text() for name in (limit, used, 'memory.stat'))
+            except OSError: continue                       # none of its own, or not for us to see
+            can_go = int(dict(line.split() for line in stat.splitlines()).get(cache, 0))      # files that are cached
+            if most.strip().isdigit(): yield max(int(most) - int(now) + can_go, 0)
+
 # %% ../nbs/03_data.ipynb #39cc6b30
 def _memory(n, prep):
-    "Bytes that `n` images take, and bytes that are free, in a container what is left of its own memory"
-    (h, w), free = prep.img_size, psutil.virtual_memory().available
-    if (_CGROUP/'memory.max').is_file() and (limit := (_CGROUP/'memory.max').read_text().strip()).isdigit():
-        stat = dict(line.split() for line in (_CGROUP/'memory.stat').read_text().splitlines())
-        used = int((_CGROUP/'memory.current').read_text()) - int(stat['inactive_file'])       # files' cache can go
-        free = min(free, max(int(limit) - used, 0))
-    return n*prep.in_chans*h*w, free
+    "Bytes that `n` images take, and bytes that are free, in a container or a job what is left of its own memory"
+    h, w = prep.img_size
+    return n*prep.in_chans*h*w, min([psutil.virtual_memory().available, *_left_in_groups()])
 
 def _stream(n, prep, stream):
     "Are `n` images streamed? Without being told so if they take more than a quarter of the memory, and it says so"
@@ -641,7 +665,6 @@ def _stream(n, prep, stream):
               f"{BUDGET:.0%} of the free memory: they are read as they are needed{hint}")
     return stream
 
-_CGROUP = Path('/sys/fs/cgroup')    # where Linux tells the limits of a container
 BUDGET = 0.25    # the part of the free memory that images may take before they are streamed
 
 # %% ../nbs/03_data.ipynb #f9fd0fd9
@@ -691,7 +714,7 @@ def _unreadable(files, read):
     def attempt(file):
         try: read(file)
         except (ValueError, OSError) as e: bad[file] = str(e)
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(_cores())
     try:
         for _ in pool.map(attempt, files): pass
     finally: pool.shutdown(cancel_futures=True)

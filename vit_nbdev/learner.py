@@ -9,7 +9,7 @@ __all__ = ['STEM', 'OPTIMIZERS', 'FINETUNE', 'RECIPES', 'FORMAT', 'vit_groups', 
 
 # %% ../nbs/04_learner.ipynb #94ef7cb7
 # longer than 40 lines: imports
-import inspect, io, os, pickle, random, re, time, warnings
+import ctypes, inspect, io, os, pickle, random, re, sys, time, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -183,7 +183,7 @@ OPTIMIZERS = dict(adamw=adamw, muon=muon)
 # %% ../nbs/04_learner.ipynb #a3f701cc
 class ViTLearner(Learner):
     "fastai's `Learner`; a fit may begin at a later epoch than the first (see `Checkpoint`)"
-    first_epoch, layer_decay, validating = 0, 0., False
+    first_epoch, layer_decay, validating, given_back = 0, 0., False, 0.
     def _do_fit(self):
         bar = getattr(getattr(self, 'progress', None), 'mbar', None)
         if self.first_epoch and bar: bar.update(0)       # the bar begins at zero
@@ -203,6 +203,7 @@ class ViTLearner(Learner):
 
     def one_batch(self, i, b):
         with ExitStack() as self.batch_stack: super().one_batch(i, b)     # left after an error, too: see `CPUBF16`
+        self.given_back = _give_back(self.given_back)
 
     def _do_one_batch(self):
         "As fastai's, but the model computes with plain tensors: types cost time at each operation"
@@ -219,6 +220,15 @@ class ViTLearner(Learner):
         super().freeze()
         if not self.opt.frozen_idx:
             warnings.warn("the model has one group of parameters, so nothing is frozen: pass a splitter")
+
+# %% ../nbs/04_learner.ipynb #giveback1
+def _give_back(since, clock=time.monotonic):
+    """Twice a minute, give back memory that glibc holds in pieces which fit no batch: gigabytes after some CPU epochs
+
+    As torch's maintainers advise (pytorch/pytorch#41486)."""
+    if clock() - since < 30: return since
+    if sys.platform == 'linux': getattr(ctypes.CDLL(None), 'malloc_trim', bool)(0)
+    return clock()
 
 # %% ../nbs/04_learner.ipynb #a3f701cd
 @patch
@@ -1032,7 +1042,8 @@ def deal(
 def _left_over():
     "Seconds of the cores that we may use, since the start, which no other program of normal priority has had"
     may = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
-    cores = [core for i, core in enumerate(psutil.cpu_times(percpu=True)) if i in may]
+    cores = psutil.cpu_times(percpu=True)
+    if max(may) < len(cores): cores = [cores[i] for i in may]      # a container may see its own alone, numbered anew
     idle = sum(core.idle + getattr(core, 'iowait', 0.) + getattr(core, 'nice', 0.) for core in cores)
     # of low priority, we have our own seconds under `nice` already; only Linux counts them there
     low = psutil.LINUX and os.getpriority(os.PRIO_PROCESS, 0) > 0

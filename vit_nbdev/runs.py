@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 # the first to import fastai: it does so in silence
-from .data import (IMAGES, _RUN_FILES, _read_csv, cifar10_dls, describe, digits_dls, fact_lines,
+from .data import (IMAGES, _RUN_FILES, _cores, _read_csv, cifar10_dls, describe, digits_dls, fact_lines,
                             fashion_mnist_dls, find_images, folder_dls, mnist_dls, table_dls)
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -364,9 +364,8 @@ def _run_folder(out, force, resume):
                     shutil.rmtree(part, ignore_errors=True)
                     hint = "save the run under another name"
                 raise FileExistsError(f"{out} was made meanwhile: {hint}")
-            replaces.unlink(missing_ok=True)
             _put_in_place(part, out)
-            for file in out.glob('checkpoint.pt*'): file.unlink()
+            for file in (*out.glob('checkpoint.pt*'), *out.glob(replaces.name)): file.unlink()
 
 # %% ../nbs/09_runs.ipynb #inplace1
 def _epochs(part): return load_checkpoint(part/'checkpoint.pt')['epoch']
@@ -375,7 +374,7 @@ def _put_in_place(part, out):
     "Give the folder `part` the name `out`; what was there before is deleted afterwards"
     if not out.exists(): return part.rename(out)
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}-old-'))
-    out.rename(old/out.name)
+    shutil.move(out, old/out.name)       # copies what can't be renamed, as a container's own layers
     part.rename(out)
     shutil.rmtree(old)
 
@@ -426,6 +425,8 @@ def _check_way(out, force):
     part = out.with_name(f'{out.name}.part')
     if out.is_symlink() and not out.exists():
         raise FileExistsError(f"{out} is a link that leads nowhere: choose another --out")
+    if os.path.ismount(out):
+        raise FileExistsError(f"{out} is where a disk is mounted: name a folder in it (--out {out}/run)")
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists: choose another --out, or --force to replace it")
     if out.exists() and not _is_run(out):
@@ -1068,7 +1069,7 @@ def _stream(model, prep, pairs, bs, workers, features, look):
     def read(pair):
         try: return {'file': pair[0]}, prep(pair[1])
         except (ValueError, OSError) as e: return {'file': pair[0], 'error': str(e)}, None
-    read_ahead = _ahead(read, pairs, 2*bs, workers or min(os.cpu_count(), 8))
+    read_ahead = _ahead(read, pairs, 2*bs, workers or _cores())
     with closing(read_ahead):
         while batch := list(islice(read_ahead, bs)):
             pixels = [x for _, x in batch if x is not None]
