@@ -300,6 +300,8 @@ def _claim(folder, settings):
         raise ValueError(f"the cache {folder} is of other settings ({differ[0]}): give another folder, or delete it")
 
 # %% ../nbs/03a_photographs.ipynb #1603d4cd
+PATIENCE = 300      # seconds for which a loader waits for its next batch
+
 @contextmanager
 def _readers():
     "torch breaks into whatever is running with the news that a worker process has died: say so in a sentence"
@@ -311,8 +313,6 @@ def _readers():
         if 'DataLoader worker' not in str(e): raise
         raise OSError("a process that reads pictures has died, perhaps for want of memory: "
                       "try fewer workers (--workers) or smaller batches (--bs)") from e
-
-PATIENCE = 300      # seconds for which a loader waits for its next batch
 
 class StreamDL(TensorDL):
     "A `TensorDL` of `StreamedImages`: other crops in each epoch, the same ones whatever the number of workers"
