@@ -359,11 +359,17 @@ def test_a_run_that_cant_be_renamed_is_replaced(tmp_path, monkeypatch, no_pictur
     monkeypatch.setattr(os, 'rename', refused)
     train(epochs=1, seed=1, device='cpu', out=run, force=True)
     assert load_model(run)[1]['settings']['seed'] == 1 and [p.name for p in tmp_path.iterdir()] == ['run']
-    put = runs._put_in_place
-    def full(part, out): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(runs, '_put_in_place', full)
-    with pytest.raises(OSError): train(epochs=1, seed=2, device='cpu', out=run, force=True)
-    monkeypatch.setattr(runs, '_put_in_place', put)
+    copy = shutil.copytree
+    def full(a, b, **kwargs):
+        Path(b).mkdir(parents=True)
+        (Path(b)/'half').touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(b))
+    monkeypatch.setattr(shutil, 'copytree', full)
+    with pytest.raises(OSError, match='No space left on device'):
+        train(epochs=1, seed=2, device='cpu', out=run, force=True)
+    assert load_model(run)[1]['settings']['seed'] == 1                          # and no half of a copy beside it
+    assert {p.name for p in tmp_path.iterdir()} == {'run', 'run.part'}
+    monkeypatch.setattr(shutil, 'copytree', copy)
     train(resume=run, device='cpu')
     assert load_model(run)[1]['settings']['seed'] == 2 and not (run/'.replaces').exists()
 

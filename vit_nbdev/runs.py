@@ -374,7 +374,13 @@ def _put_in_place(part, out):
     "Give the folder `part` the name `out`; what was there before is deleted afterwards"
     if not out.exists(): return part.rename(out)
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}-old-'))
-    shutil.move(out, old/out.name)       # copies what can't be renamed, as a container's own layers
+    try: out.rename(old/out.name)
+    except OSError:                      # as a folder in a container's own layer: copied, then deleted
+        try: shutil.copytree(out, old/out.name, symlinks=True)
+        except BaseException:            # there is no room for two, say: `out` is whole, so half a copy is for nobody
+            shutil.rmtree(old)
+            raise
+        shutil.rmtree(out)
     part.rename(out)
     shutil.rmtree(old)
 
