@@ -48,6 +48,16 @@ def test_the_check_sees_a_batch_that_became_a_constant(sizes):
     first = lambda pixels: deployed(pixels[:1])[0].expand(len(pixels), -1)
     assert (largest_difference(first, deployed, sizes) > 1e-3) == (sizes != (1,))
 
+@pytest.mark.parametrize('img_size, largest', [(8, 64), (64, 8)])
+def test_the_check_takes_few_images_of_many_tokens(img_size, largest):
+    "64 matrices of attention between 4,096 tokens, which ONNX writes out, would fill eight gigabytes"
+    model, seen = random_model(img_size, patch_size=1), []
+    deployed = Deployed(model, model.preprocessing)
+    def answer(pixels):
+        seen.append(len(pixels))
+        return deployed(pixels)[0]
+    assert largest_difference(answer, deployed) == 0 and seen == [1, 2, 5, largest]
+
 @pytest.mark.parametrize('wrong', ['another function', 'NaN'])
 def test_a_file_that_answers_otherwise_is_not_kept(wrong, tmp_path, monkeypatch):
     model, file = random_model(), tmp_path/'m.pt2'

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -514,6 +515,20 @@ def test_a_resumed_run_that_diverges_is_kept(died, tmp_path, monkeypatch):
     before = contents(part)
     with pytest.raises(runs.Diverged): train(resume=tmp_path/'run', device='cpu')
     assert contents(part) == before
+
+def test_a_run_that_diverges_late_keeps_what_it_was(tmp_path, monkeypatch, capsys, no_pictures):
+    "Its numbers show where it went wrong; without an epoch there is nothing to keep"
+    fit = runs._fit
+    def diverge(*args, **kwargs):
+        fit(*args, **kwargs)
+        raise runs.Diverged('the loss is no longer a finite number: try a lower --lr than 1')
+    monkeypatch.setattr(runs, '_fit', diverge)
+    with pytest.raises(runs.Diverged, match='the epochs before it are in .*run.part: begin anew with --force$'):
+        train(epochs=2, device='cpu', out=tmp_path/'run')
+    assert len(pd.read_csv(tmp_path/'run.part'/'metrics.csv')) == 2
+    monkeypatch.setattr(runs, '_fit', fit)
+    train(epochs=1, device='cpu', out=tmp_path/'run', force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
 
 # --- names in any script (19) ---
 

@@ -361,6 +361,51 @@ def test_an_interrupted_fit_goes_on_in_the_same_learner(some_digits, tmp_path):
     learn.fit(3)
     assert torch.equal(weights(whole), weights(learn)) and learn.first_epoch == 0
 
+@pytest.mark.parametrize('change', [dict(lr=1e-3), dict(wd=0.2), dict(bs=16), dict(flat=True)], ids=str)
+def test_another_schedule_is_no_continuation(change, some_digits, tmp_path):
+    "Rates, decay or batches that were changed meanwhile would make one training of two"
+    def fit(*cbs, lr=3e-3, wd=0.1, bs=32, flat=False):
+        learn = quick(some_digits(), Checkpoint(tmp_path/'c.pt'), *cbs)
+        if bs != 32: learn.dls[0].bs = bs
+        (learn.fit_flat_cos if flat else learn.fit_one_cycle)(3, lr, wd=wd)
+        return learn
+    with pytest.raises(InterruptedError): fit(Stop(1, 1))
+    with pytest.raises(ValueError, match=r'c.pt was written with another schedule \(.*give the same, or another file$'):
+        fit(**change)
+    learn = fit()
+    assert len(learn.recorder.hps['lr']) == 3*len(learn.dls.train) and max(learn.recorder.hps['lr']) > 2.9e-3
+
+def test_epochs_that_are_passed_over_leave_a_checkpoint_whole(some_digits, tmp_path):
+    "fastai's `start_epoch` gives them rows without numbers"
+    def fit(name, *cbs):
+        set_seed(0)
+        learn = quick(some_digits(), Checkpoint(tmp_path/name), *cbs)
+        learn.fit_one_cycle(4, 3e-3, start_epoch=1)
+        return learn
+    whole = fit('whole.pt')
+    with pytest.raises(InterruptedError): fit('cut.pt', Stop(1, 3))
+    resumed = fit('cut.pt')
+    assert torch.equal(weights(whole), weights(resumed)) and whole.recorder.values == resumed.recorder.values
+    assert list(map(len, whole.recorder.values)) == [0, 3, 3, 3]
+
+def test_an_average_counts_steps_and_not_batches(some_digits):
+    learn = quick(some_digits(), EMA(0.9), GradientAccumulation(64))
+    learn.fit(2)
+    assert learn.ema.n == len(learn.dls.train)                # two batches a step, two epochs
+
+def test_without_validation_images(tmp_path):
+    "Checkpoint and saved run have no number for them; who judges by them says so before the training"
+    x, y = torch.randn(8, 1, 28, 28), torch.arange(8) % 2
+    dls = DataLoaders.from_dsets(TensorDataset(x, y), TensorDataset(x[:0], y[:0]), bs=4, device='cpu')
+    model = vit('mnist', n_classes=2)
+    with pytest.raises(ValueError, match='there are none: leave it out'): quick(dls, KeepBest(), model=model).fit(1)
+    learn = quick(dls, Checkpoint(tmp_path/'c.pt'), model=model)
+    learn.fit(1)
+    values, = load_checkpoint(tmp_path/'c.pt')['recorder']['values']
+    assert values[0] > 0 and values[1] != values[1] and values[2] != values[2]
+    prep = Preprocessing(28, [0.5], [0.5], in_chans=1, labels=('a', 'b'))
+    assert set(load_model(save_run(learn, tmp_path/'run', prep))[1]['metrics']) == {'train_loss'}
+
 @pytest.mark.parametrize('look', [lambda learn: learn.validate(), lambda learn: learn.get_preds(),
                                   lambda learn: learn.tta(n=1)], ids=['validate', 'get_preds', 'tta'])
 def test_who_validates_leaves_the_checkpoint_alone(look, some_digits, tmp_path):

@@ -58,6 +58,16 @@ def test_validation_and_test_are_those_of_memory(folder, how):
         for (x, y), (x2, y2) in zip(kept[i], streamed[i], strict=True):
             assert torch.equal(x, x2) and torch.equal(y, y2)
 
+def test_a_crop_has_the_filter_of_the_preprocessing():
+    "Of the nearest pixels, or without an average over all of them, if validation images are read so"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    def cut(**kwargs):
+        return photographs._cut_out(pixels, (0, 0, 60, 60), False, replace(PREP, img_size=(12, 12), **kwargs))
+    nearest = cut(interpolation='nearest').permute(1, 2, 0).flatten(0, 1)
+    assert {*map(tuple, nearest.tolist())} <= {*map(tuple, pixels.reshape(-1, 3).tolist())}
+    plain = cut(backend='torch', antialias=False).float().std()
+    assert plain > 2*cut(backend='torch').float().std()        # an average over 25 pixels of noise is nearly grey
+
 def test_statistics_are_those_of_memory(folder):
     kept = folder_dls(folder, img_size=16, device='cpu').preprocessing
     assert loaders(folder, img_size=16, preprocessing=None).preprocessing == kept

@@ -257,6 +257,13 @@ def test_a_processor_in_the_file_of_transformers_5(tmp_path):
     with pytest.raises(ValueError, match='^processor_config.json: resample=9 must be'): load_pretrained(tmp_path)
     assert 'processor_config.json' in pretrained._ON_HUB
 
+def test_a_file_for_images_that_does_not_say_whose_it_is(tmp_path):
+    "The model's own processor is meant: CLIP cuts out the middle, and a ViT's would squeeze the picture"
+    hf_model('CLIPVisionModel').save_pretrained(tmp_path)
+    (tmp_path/'preprocessor_config.json').write_text(json.dumps(dict(size=dict(shortest_edge=32), crop_size=32)))
+    prep = load_pretrained(tmp_path).preprocessing
+    assert prep.resize == 'crop' and prep.interpolation == 'bicubic' and prep.mean[0] == 0.48145466
+
 NO_PROCESSOR = {   # a class of transformers: the size of its images, what they are first resized to, and how
     'ViTMAEModel': (384, 384, 'squash'), 'SiglipVisionModel': (384, 384, 'squash'),
     'CLIPVisionModel': (336, 336, 'crop'), 'DeiTForImageClassification': (384, 439, 'squash'),
@@ -403,6 +410,25 @@ def test_what_can_not_be_read_is_said_at_once():
     refuses("int8, expected .*: a quantised file can't be loaded", {k: v.to(torch.int8) for k, v in w.items()})
     for source, kind in ((vit('mnist'), 'ViT'), (None, 'NoneType'), (3, 'int')):
         refuses(f'got a {kind}, expected .*: of a model, give model.state_dict()', source, TypeError)
+
+def test_a_pool_of_attention_is_left_out_or_refused():
+    theirs = timm_model('siglip')
+    mine = load_pretrained(theirs.state_dict(), pool='mean')
+    assert any(line.startswith('left out: attn_pool (') for line in mine.report)
+    with torch.no_grad(): close(mine.forward_features(x := pixels(32, 32)), theirs.forward_features(x), 1e-5)
+    with pytest.raises(ValueError, match="^pool='map' needs an attention pool, and these weights have none"):
+        load_pretrained(timm_model('augreg, deit').state_dict(), pool='map')
+
+def test_bare_weights_of_clip_get_its_statistics():
+    "A norm before the blocks: nothing else in timm's names tells the pixels"
+    w = timm_model('clip').state_dict()
+    prep = load_pretrained(w).preprocessing
+    assert prep.mean == (0.48145466, 0.4578275, 0.40821073) and prep.std[2] == 0.27577711
+    assert 'mean=(0.48145466,' in load_pretrained(w).report[-1]
+    w['head.bias'] = torch.zeros_like(w['head.bias'])
+    told = "the head has no bias: it leads into the space that images share with texts, not to classes"
+    assert told in load_pretrained(w).report and told in load_pretrained(w, n_classes=5).report
+    assert not any('leads into' in line for line in load_pretrained(w, n_classes=7).report)      # it is left out
 
 def test_a_projection_of_two_layers_in_open_clip(tmp_path):
     vision = dict(image_size=160, timm_model_name='test_vit', timm_pool='token', timm_proj='mlp')
@@ -872,7 +898,11 @@ def test_what_others_do_not_have():
     refuses(to_torchvision, "n_registers=2: torchvision's ViT has 0", pool='cls', n_registers=2)
     refuses(to_torchvision, "norm_eps=1e-05: torchvision's", pool='cls', norm_eps=1e-5)
     refuses(to_timm, "pool_heads=2: timm's has as many as the blocks", pool='map', pool_heads=2)
-    refuses(to_torchvision, r"img_size=\(28, 56\): torchvision's is for squares", pool='cls', img_size=(28, 56))
+    refuses(to_torchvision, r"img_size=\(28, 56\): torchvision's is for squares", pool='cls', in_chans=3,
+            img_size=(28, 56))
+    refuses(to_torchvision, "in_chans=1: torchvision's ViT has three channels and a head", pool='cls')
+    refuses(to_torchvision, "n_classes=0: torchvision's ViT has three channels and a head", pool='cls', in_chans=3,
+            n_classes=0)
 
 def test_loading_imports_no_library_of_models(tmp_path):
     "Not even for the names of the classes: importing timm would cost more than the weights"
@@ -980,8 +1010,10 @@ def test_arguments_beside_the_weights(tmp_path):
     for name in ('w.pth', 'w.ckpt', 'w.pth.tar'):
         torch.save({'model': theirs.state_dict(), 'args': argparse.Namespace(lr=1.)}, tmp_path/name)
         same(load_pretrained(tmp_path/name), theirs, pixels(32, 32), 1e-5)
-    mine = load_pretrained({'state_dict': theirs.state_dict(), 'state_dict_ema': theirs.state_dict()})
-    assert mine.report[0] == "taken: 'state_dict' (state_dict_ema is there, too)"
+    average = {k: 0.5*v for k, v in theirs.state_dict().items()}
+    mine = load_pretrained({'state_dict': theirs.state_dict(), 'state_dict_ema': average})       # as timm does
+    assert mine.report[0] == "taken: 'state_dict_ema' (state_dict is there, too)"
+    assert torch.equal(mine.head.weight, average['head.weight'])
 
 def test_shards(tmp_path):
     theirs = timm_model('augreg, deit')
@@ -1480,7 +1512,7 @@ def test_weights_to_begin_with_have_the_sizes_that_chapter_05_says(monkeypatch):
     for row in made['rows']:
         with torch.device('meta'): theirs = timm.create_model(row['timm/...'])
         numbers = sum(p.numel() for p in theirs.parameters())
-        assert row['million numbers'] == round(numbers/1e6, 1)
+        assert row['parameters, M'] == round(numbers/1e6, 1)
         assert theirs.pretrained_cfg['input_size'] == (3, *[row['pixels']]*2)
 
 def test_what_was_of_other_classes_does_not_stay(tmp_path):

@@ -203,6 +203,17 @@ def test_results_of_several_labels():
     assert mean_f1(results) == pytest.approx(f1_score(SEVERAL, predictions, average='macro'))
     assert surest_mistakes(SEVERAL, SAID).tolist() == [3, 1]           # off by 0.8, and by 0.6
 
+@pytest.mark.parametrize('extra, said, part', [(0, 0, 3), (0, 1, 4)])
+def test_a_label_that_no_image_has_is_wrong_where_it_is_said(extra, said, part):
+    "Macro F1 over the labels that occur or are said, as the metric of the training has it"
+    y = torch.cat([SEVERAL, torch.full((4, 1), float(extra))], dim=1)
+    p = torch.cat([SAID, torch.full((4, 1), 0.9*said)], dim=1)
+    predictions = decided(p, y)
+    results = class_results(y, predictions, [*'wxyz'])
+    expected = f1_score(y, predictions, average='macro', zero_division=np.nan)
+    assert mean_f1(results) == pytest.approx(expected)
+    assert expected == pytest.approx(3/part*f1_score(SEVERAL, predictions[:, :3], average='macro'))
+
 def test_pictures_of_several_labels():
     set_seed(0)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)

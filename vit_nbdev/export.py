@@ -83,12 +83,13 @@ FORMATS = {'.onnx': (_write_onnx, _run_onnx), '.pt2': (_write_pt2, _run_pt2)}
 def largest_difference(
     answer,               # what was exported, from pixels to logits
     deployed: Deployed,   # and what it was exported from
-    sizes=(1, 2, 5, 64),  # of the batches
+    sizes=None,           # of the batches; 1, 2, 5 and 64, or as many as an attention matrix of a gigabyte allows
 ) -> float:               # of a logit, as a fraction of the largest one
     "How far an exported function is from its model, on random pixels"
     shape, generator = (deployed.preprocessing.in_chans, *deployed.preprocessing.img_size), torch.Generator()
-    differences = []
-    for n in sizes:
+    differences, config = [], deployed.model.config
+    tokens = config.n_patches + config.n_prefix
+    for n in sizes or (1, 2, 5, max(6, min(64, 2**28//(config.n_heads*tokens**2)))):
         pixels = torch.randint(256, (n, *shape), dtype=torch.uint8, generator=generator.manual_seed(n))
         expected = deployed(pixels)[0]
         differences.append((answer(pixels) - expected).abs().max()/expected.abs().max().clamp(min=1e-12))

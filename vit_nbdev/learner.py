@@ -321,7 +321,7 @@ def _loss(dls, label_smoothing):
     if label_smoothing: raise ValueError(f"label_smoothing needs one class an image, but the loaders ask for {named}")
     if not isinstance(named, BCEWithLogitsLossFlat): return named, []
     f1 = skm_to_fastai(f1_score, thresh=0.5, activation=ActivationType.Sigmoid, average='macro', flatten=False,
-                       zero_division=0)
+                       zero_division=np.nan)      # a label that no image has and nobody says counts for nothing
     return named, [f1, accuracy_multi]        # rare labels make the second high for those who never say them
 
 # %% ../nbs/04_learner.ipynb #lrn00002
@@ -487,8 +487,8 @@ class EMA(Callback):
         self.average, self.n, self.shown = [v.clone() for v in self.live], 0, False
 
     @torch.no_grad()
-    def after_batch(self):
-        if not self.training or not hasattr(self, 'live'): return
+    def after_step(self):             # of the optimizer, which `GradientAccumulation` lets take several batches
+        if not hasattr(self, 'live'): return
         self.n += 1
         decay = min(self.decay, (1 + self.n)/(10 + self.n))
         torch._foreach_lerp_(self.average, self.live, 1 - decay)
@@ -534,6 +534,7 @@ class KeepBest(Callback):
     def before_fit(self):
         self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self, 'gather_preds')
         if self.idle: return
+        if not len(self.dls.valid): raise ValueError("KeepBest needs validation images, there are none: leave it out")
         self.judge, self.sign = _judge(self.recorder.metric_names[1:], self.monitor, self.comp)
         self.score, self.best, self.last, self.weights, self.stopped, self.trained = None, 0, 0, {}, False, False
 
@@ -771,8 +772,8 @@ def save_atomic(
 
 # %% ../nbs/04_learner.ipynb #28fe87c6
 FORMAT = 1    # of the checkpoint; raised when older files can no longer be read
-_FIELDS = dict(facts=dict, epoch=int, n_epoch=int, fits=list, seconds=float, model=dict, opt=list, parts=dict,
-               recorder=dict, random=list)
+_FIELDS = dict(facts=dict, epoch=int, n_epoch=int, fits=list, schedule=dict, seconds=float, model=dict, opt=list,
+               parts=dict, recorder=dict, random=list)
 
 def load_checkpoint(
     file: str|Path,  # written by `Checkpoint`
@@ -791,6 +792,7 @@ def load_checkpoint(
         raise ValueError(f"{file} has format {state['format']}, this version of vit_nbdev reads up to {FORMAT}: "
                          "update vit_nbdev")
     state.setdefault('fits', [state.get('n_epoch')])      # older files know of one fit only
+    state.setdefault('schedule', {})
     for name, kind in _FIELDS.items():
         if not isinstance(found := state.get(name), kind) or isinstance(found, bool):
             raise _damaged(file, name, f"is {type(found).__name__}, expected {kind.__name__}")
@@ -878,6 +880,7 @@ class Checkpoint(Callback):
         if self.idle: return
         _check_facts(self.facts)
         self.fits = [*self.done, self.n_epoch]     # `fine_tune` has two, of 1 and n epochs
+        self.schedule, self.trained = _schedule(self.learn), False
         if self.file.exists(): self._go_on(load_checkpoint(self.file))
         self.start = time.perf_counter() - self.seconds
 
@@ -891,8 +894,11 @@ class Checkpoint(Callback):
             print(f"{self.file} has this fit of {self.n_epoch} epochs to its end: none is left to train; "
                   "without the file it would begin anew")
 
+    def after_train(self): self.trained = True
+
     def after_epoch(self):
-        if self.idle: return
+        if self.idle or not self.trained: return     # `start_epoch` of fastai passes over some
+        self.trained = False
         self.seconds, random_states = time.perf_counter() - self.start, [_random_states(self.dls)]
         if num_distrib() > 1:
             random_states *= num_distrib()
@@ -907,13 +913,30 @@ def _state(checkpoint, random_states):
     learn = checkpoint.learn
     r, opt = learn.recorder, learn.opt
     recorder = dict(lrs=list(map(float, r.lrs)), iters=list(r.iters), losses=list(map(float, r.losses)),
-                    values=[list(map(float, row)) for row in r.values],
-                    smooth=[r.smooth_loss.count, float(r.smooth_loss.val)])
+                    values=[[float('nan') if x is None else float(x) for x in row] for row in r.values],
+                    smooth=[r.smooth_loss.count, float(r.smooth_loss.val)], hps=_so_far(learn))
     return dict(format=FORMAT, facts=checkpoint.facts, epoch=learn.epoch + 1, n_epoch=learn.n_epoch,
-                fits=checkpoint.fits, seconds=checkpoint.seconds, random=random_states, recorder=recorder,
-                model=get_model(learn.model).state_dict(), opt=[{**opt.state[p]} for p, *_ in opt.all_params()],
+                fits=checkpoint.fits, schedule=checkpoint.schedule, seconds=checkpoint.seconds, random=random_states,
+                recorder=recorder, model=get_model(learn.model).state_dict(),
+                opt=[{**opt.state[p]} for p, *_ in opt.all_params()],
                 parts={name: part.state_dict() for name, part in checkpoint.parts.items()})
 
+# %% ../nbs/04_learner.ipynb #ckpt0007
+def _of_scheduler(learn, name): return getattr(getattr(learn, 'param_scheduler', None), name, {})
+
+def _so_far(learn):
+    "What was scheduled, step by step, for `Recorder.plot_sched`"
+    return {name: list(map(float, xs)) for name, xs in _of_scheduler(learn, 'hps').items()}
+
+def _schedule(learn):
+    "Steps of an epoch, and learning rate, weight decay and what else is scheduled, at six places of the fit, as text"
+    plans = {name: [[h[name] for h in learn.opt.hypers if name in h]] for name in ('lr', 'wd')}
+    for name, f in _of_scheduler(learn, 'scheds').items():
+        plans[name] = [np.atleast_1d(f(place)) for place in (0., 0.1, 0.25, 0.5, 0.75, 1.)]
+    written = {name: '; '.join(' '.join(f'{x:.5g}' for x in xs) for xs in plan) for name, plan in plans.items()}
+    return {'steps an epoch': str(len(learn.dls.train))} | written
+
+# %% ../nbs/04_learner.ipynb #ckpt0008
 def _check_facts(facts):
     "Refuse, before any training, what `load_checkpoint` could not read again"
     for name, value in facts.items():
@@ -934,8 +957,15 @@ def _check_fits(checkpoint, state):
     if len(state['fits']) != len(checkpoint.fits): return
     if (then := len(state['random'])) != n:
         raise ValueError(f"{file} was written by {then} processes, but {n} would go on: start as many")
-    if missing := set(state['parts']) ^ set(checkpoint.parts):
-        raise ValueError(f"{file} was written with other callbacks: {', '.join(sorted(map(str, missing)))}")
+    for has, lacks, what in ((state['parts'], checkpoint.parts, 'with {}, which this fit has not'),
+                             (checkpoint.parts, state['parts'], 'without {}, which this fit has')):
+        if names := ', '.join(sorted(map(str, set(has) - set(lacks)))):
+            raise ValueError(f"{file} was written {what.format(names)}: give the same callbacks, or another file")
+    then, now = state['schedule'], checkpoint.schedule
+    for name in now if then else ():           # older files have none
+        if then.get(name) != now[name]:
+            raise ValueError(f"{file} was written with another schedule ({name}: then {then.get(name)}, now "
+                             f"{now[name]}): give the same, or another file")
 
 # %% ../nbs/04_learner.ipynb #fa3abeb2
 def _restore(checkpoint, state):
@@ -957,6 +987,7 @@ def _restore(checkpoint, state):
         count, value = saved['smooth']
         learn.recorder.smooth_loss.count, learn.recorder.smooth_loss.val = count, torch.tensor(float(value))
         learn.train_iter = len(saved['losses'])       # for whoever plots by it
+        for name, xs in _of_scheduler(learn, 'hps').items(): xs[:0] = map(float, saved.get('hps', {}).get(name, ()))
     with _using(file, 'random'): _set_random_states(state['random'][rank_distrib()], learn.dls)
     learn.first_epoch, checkpoint.seconds = state['epoch'], state['seconds']
 
@@ -987,8 +1018,8 @@ def _check_averages(opt, states):
         if any(values.get(k) is not v for k, v in marks.items()): raise ValueError(f"its marks are not {marks}")
         for k, v in values.items():
             x = torch.as_tensor(v)
-            good = x.shape in (p.shape, ()) and x.isfinite().all()
-            if not good: raise ValueError(f"{k}: wrong shape, or not finite")
+            good = x.shape in (p.shape, ()) and x.isfinite().all() and (x.dtype is torch.bool) == (k in marks)
+            if not good: raise ValueError(f"{k}: wrong shape or type, or not finite")
         kind = tuple(sorted((k, torch.as_tensor(v).dim() > 0) for k, v in values.items() if k not in marks))
         kinds.setdefault(marks.get('muon'), set()).add(kind)
     if any(len(found - {()}) > 1 for found in kinds.values()):
@@ -997,7 +1028,8 @@ def _check_averages(opt, states):
 # %% ../nbs/04_learner.ipynb #eec80da8
 def _check_rows(saved, epoch):
     "Refuse a record that can't be that of `epoch` epochs"
-    if len(torch.tensor(saved['values'], dtype=torch.float64)) != epoch: raise ValueError("values: not a row an epoch")
+    if len(saved['values']) != epoch: raise ValueError("values: not a row an epoch")
+    for row in saved['values']: torch.tensor(row, dtype=torch.float64)
     losses, lrs = (torch.tensor(saved[name], dtype=torch.float64) for name in ('losses', 'lrs'))
     if losses.shape != lrs.shape or losses.dim() != 1 or not (losses + lrs).isfinite().all():
         raise ValueError("losses or lrs: not a finite number a step")

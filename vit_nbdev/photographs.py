@@ -83,13 +83,15 @@ def cropped(
     box = (chosen['box']*(im.width, im.height, im.width, im.height)).round().astype(int).tolist()
     return _cut_out(np.asarray(im), box, chosen['flip'], prep)
 
+_LIKE = dict(lanczos='bicubic', box='bilinear')      # torch has no filters of these names
+
 def _cut_out(pixels, box, flip, prep):
     "A part of an image `(h w c)` or `(h w)`, in the size of `prep`: `(c h w)`"
     left, top, right, bottom = box
     part = np.array(pixels[top:max(bottom, top + 1), left:max(right, left + 1)])
     x = torch.from_numpy(part).view(*part.shape[:2], -1).permute(2, 0, 1)
-    mode = prep.interpolation if prep.interpolation in ('bilinear', 'bicubic') else 'bilinear'
-    x = F.interpolate(x[None], prep.img_size, mode=mode, antialias=True)[0]
+    mode = _LIKE.get(prep.interpolation, prep.interpolation)
+    x = F.interpolate(x[None], prep.img_size, mode=mode, antialias=prep.antialias and mode != 'nearest')[0]
     return x.flip(-1) if flip else x
 
 # %% ../nbs/03a_photographs.ipynb #19f1dcf1

@@ -367,9 +367,10 @@ def transformers_preprocessing(
     p: dict,                                    # the contents of `preprocessor_config.json`
     img_size: int|tuple[int, int]|None = None,  # of the model, where the file neither resizes nor crops
     where: str = 'preprocessor_config.json',    # named in errors
+    processor: str = 'ViT',                     # of `PROCESSORS`: what it is where the file does not say
 ) -> Preprocessing:
     "What transformers' image processor of that file does"
-    kind = str(p.get('image_processor_type') or p.get('feature_extractor_type') or 'ViT')
+    kind = str(p.get('image_processor_type') or p.get('feature_extractor_type') or processor)
     name = kind.removesuffix('Fast').removesuffix('Pil').removesuffix('ImageProcessor').removesuffix('FeatureExtractor')
     if name not in PROCESSORS:
         raise ValueError(f"{where}: {kind} is not known; known are those of {', '.join(PROCESSORS)}")

@@ -335,6 +335,12 @@ def _adapt(w, old, new):
     "Make the weights `w` of configuration `old` fit `new`, in place, and say what was done"
     report = []
     if old.in_chans != new.in_chans: report.append(_adapt_channels(w, old, new))
+    if old.pool == 'map' != new.pool:
+        report.append(f"left out: {_summary([name for name in w if name.startswith('attn_pool.')])}")
+        for name in [name for name in w if name.startswith('attn_pool.')]: del w[name]
+    elif new.pool == 'map' != old.pool:
+        raise ValueError("pool='map' needs an attention pool, and these weights have none: "
+                         "leave pool out, or pass pool='mean'")
     if (old.n_classes, old.pooled_dim) != (new.n_classes, new.pooled_dim):
         for part in ('weight', 'bias'): w.pop(f'head.{part}', None)
         if old.n_classes: report.append(f'left out: head.weight, head.bias ({old.n_classes} classes)')
@@ -569,8 +575,8 @@ def _read_file(path):
         raise ValueError(f"{path} can't be read ({why}): {what}") from e
 
 # %% ../nbs/05_pretrained.ipynb #f7e47f93
-WRAPPERS = ('teacher', 'target_encoder', 'state_dict', 'model', 'model_state_dict', 'module', 'state_dict_ema',
-            'model_ema')
+WRAPPERS = ('teacher', 'target_encoder', 'state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state_dict',
+            'module')                  # an average of the weights first, as timm takes it
 
 def _unwrap(w):
     "The state dict itself, where a training script has put it among other things; what was taken; what it said"
@@ -770,7 +776,7 @@ def _transformers_facts(c, p, where='preprocessor_config.json'):
         if c.get('rope_theta', 100.0) != 100: raise _variant(f"rotary positions with rope_theta={c['rope_theta']!r}")
         config['rotary'] = 'dinov3'
     facts = dict(config=config, labels=labels, problem_type=c.get('problem_type'))
-    if p: return facts | dict(prep=transformers_preprocessing(p, _size(size), where))
+    if p: return facts | dict(prep=transformers_preprocessing(p, _size(size), where, processor))
     prep = transformers_preprocessing(dict(image_processor_type=processor + 'ImageProcessor'))
     return facts | dict(prep=prep.at_size(_pair(_size(size))), no_processor=True)
 
@@ -781,11 +787,15 @@ def _size(size):
 def _pair(size): return (size, size) if isinstance(size, int) else tuple(size)   # height and width
 
 # %% ../nbs/05_pretrained.ipynb #c827b805
+def _usual(origin, config):
+    "How the library of the weights prepares images, where nothing says so; CLIP has a norm before its blocks"
+    return ORIGINS[origin]['prep'] | (_CLIP if origin == 'timm' and config.embed_norm else {})
+
 def _preprocessing(origin, facts, old, new, changes):
     "How the images for the model of configuration `new` are prepared"
     prep = facts.get('prep')
     if prep is None:
-        usual = dict(ORIGINS[origin]['prep'])
+        usual = _usual(origin, old)
         for k in ('mean', 'std'):
             x = usual[k] if isinstance(usual[k], tuple) else (usual[k],)
             usual[k] = tuple(float(x[i % len(x)]) for i in range(old.in_chans))
@@ -931,12 +941,12 @@ def _fold(w, origin, facts, changes, report):
         names = ('attn_pool.', 'encoder.norm.') if origin == 'transformers_clip' else ('attn_pool.',)
         for name in [name for name in w if name.startswith(names)]: del w[name]
         changes = dict(pool='mean') | changes
-    if _embeds(w):
-        w.setdefault('head.bias', w['head.weight'].new_zeros(len(w['head.weight'])))
-        facts['embedding'] = True
-        report.append("the head has no bias: it leads into the space that images share with texts, not to classes")
-    elif facts.get('embedding') and 'head.weight' in w:
-        report.append("the head leads into the space that images share with texts, not to classes")
+    bare = _embeds(w)
+    if bare: w.setdefault('head.bias', w['head.weight'].new_zeros(len(w['head.weight'])))
+    facts['embedding'] = bare or facts.get('embedding', False)
+    if facts['embedding'] and 'head.weight' in w and changes.get('n_classes') in (None, len(w['head.weight'])):
+        report.append(f"the head {'has no bias: it ' if bare else ''}leads into the space that images share with "
+                      "texts, not to classes")
     _zero_biases(w)
     if origin == 'dinov3' and (bias := [name for name in w if name.endswith('attn.qkv.bias')]):
         for name in bias:                                                              # the keys' part is masked
@@ -993,7 +1003,7 @@ def load_pretrained(
     model.preprocessing = _preprocessing(origin, facts, old, new, changes)
     model.embeds = not model.preprocessing.labels            # the head leads into the space that CLIP's texts share
     model.mirrors = facts.get('mirrors', False) and old.n_classes == new.n_classes       # for `views`
-    if 'prep' not in facts: assumed |= ORIGINS[origin]['prep']
+    if 'prep' not in facts: assumed |= _usual(origin, old)
     if 'no_processor' in facts: assumed |= {k: getattr(model.preprocessing, k) for k in _OF_IMAGES}
     values = ', '.join(f'{k}={v!r}' for k, v in assumed.items())
     if assumed: report.append(f"not among the weights, so assumed as is usual for {origin}: {values}")
@@ -1153,6 +1163,9 @@ def to_torchvision(model: ViT) -> dict[str, Tensor]:  # a state dict for torchvi
     for k, v in PLAIN.items():
         if (mine := getattr(model.config, k)) != v:
             raise ValueError(f"can't convert a model with {k}={mine!r}: torchvision's ViT has {v!r}")
+    if model.config.in_chans != 3 or not model.config.n_classes:
+        what = f'in_chans={model.config.in_chans}' if model.config.n_classes else 'n_classes=0'
+        raise ValueError(f"can't convert a model with {what}: torchvision's ViT has three channels and a head")
     if len(set(model.config._sides)) > 1:
         raise ValueError(f"can't convert a model with img_size={model.config.img_size}: torchvision's is for squares")
     return _names(model, TORCHVISION)

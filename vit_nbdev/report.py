@@ -19,6 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,8 +79,8 @@ def balanced_accuracy(
 def mean_f1(
     results: list[dict],  # of `class_results`, with `said`
 ) -> float:               # from 0 to 1
-    "The mean of the labels' F1: 1 if each was given to its images and to no other; a label without images has none"
-    each = [2*r['right']/(r['n'] + r['said']) for r in results if r['n']]
+    "Macro F1: 1 if each label was given to its images and to no other; one that no image has and nobody says has none"
+    each = [2*r['right']/(r['n'] + r['said']) for r in results if r['n'] + r['said']]
     return sum(each)/len(each) if each else 0.
 
 # %% ../nbs/08_report.ipynb #815302d9
@@ -146,7 +147,12 @@ def plot_curves(
     loss.legend()
     right.plot(epochs, [100*x for x in scores], marker='.', color='C2')
     right.set(xlabel='epoch', ylabel=f'validation {score} (%)')
-    for ax in (loss, right): ax.grid(alpha=0.3)
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter('{x:g}')
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    for ax in (loss, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
     return fig
 
 # %% ../nbs/08_report.ipynb #rep00010

@@ -350,9 +350,11 @@ def _run_folder(out, force, resume):
         try: yield part
         except BaseException as e:
             with _undisturbed():
-                kept = (part/'checkpoint.pt').is_file() and (resume or not isinstance(e, Diverged))
+                kept = (part/'checkpoint.pt').is_file()
                 if not kept and not resume: shutil.rmtree(part, ignore_errors=True)   # what was given is never deleted
                 hint = f"go on with: vit_train --resume {shlex.quote(str(out))}"
+                if isinstance(e, Diverged) and kept:
+                    raise Diverged(f"{e}; the epochs before it are in {part}: begin anew with --force") from None
                 if isinstance(e, OSError) and kept: raise OSError(f"{e}; {hint}") from e
                 if not isinstance(e, KeyboardInterrupt): raise
                 raise KeyboardInterrupt(f"stopped by Ctrl-C after {_epochs(part)} epochs; {hint}" if kept else
@@ -719,7 +721,9 @@ def _recorded(learn):
     if of is not getattr(learn.recorder, 'values', None): best = None       # of a fit before the last
     amid = rows and best is None and len(learn.recorder.losses) > learn.recorder.iters[-1]   # of an epoch
     if not rows or amid: return dict(epochs=len(rows), metrics={})
-    facts = dict(epochs=len(rows), metrics=dict(zip(names, map(float, rows[-1 if best is None else best]))))
+    row = rows[-1 if best is None else best]
+    numbers = {name: float(x) for name, x in zip(names, row) if x is not None}      # without validation images
+    facts = dict(epochs=len(rows), metrics=numbers)
     return facts if best is None else facts | dict(best_epoch=best + 1)
 
 # %% ../nbs/09_runs.ipynb #64c97603
