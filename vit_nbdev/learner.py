@@ -546,10 +546,9 @@ class KeepBest(Callback):
 
     def after_epoch(self):
         if self.idle or not self.trained: return       # `validate` has epochs, too
-        self.trained = False
+        self.trained, self.last = False, self.epoch
         row = dict(zip(self.recorder.metric_names[1:], map(float, self.recorder.values[-1])))
-        score, self.last = [self.sign*row[self.judge], -row['valid_loss']], self.epoch
-        score = [x if x == x else -np.inf for x in score]      # what is no number is the worst
+        score = np.nan_to_num([self.sign*row[self.judge], -row['valid_loss']], nan=-np.inf).tolist()   # NaN is worst
         if self.score is not None and not score > self.score: return
         self.score, self.best = score, self.epoch
         self.weights = {k: v.detach().clone() for k, v in get_model(self.learn.model).state_dict().items()}
@@ -899,15 +898,18 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if self.idle or not self.trained: return     # `start_epoch` of fastai passes over some
         self.trained = False
-        self.seconds, random_states = time.perf_counter() - self.start, [_random_states(self.dls)]
-        if num_distrib() > 1:
-            random_states *= num_distrib()
-            torch.distributed.all_gather_object(random_states, _random_states(self.dls))
+        self.seconds, random_states = time.perf_counter() - self.start, _of_all_processes(self.dls)
         if not rank_distrib(): save_atomic(_state(self, random_states), self.file)
     def after_fit(self):
         if not self.idle: self.done = self.fits
 
 # %% ../nbs/04_learner.ipynb #ckpt0001
+def _of_all_processes(dls):
+    "The random states of each of them"
+    states = [_random_states(dls)]*max(num_distrib(), 1)
+    if num_distrib() > 1: torch.distributed.all_gather_object(states, states[0])
+    return states
+
 def _state(checkpoint, random_states):
     "All that the next epoch depends on"
     learn = checkpoint.learn
