@@ -71,6 +71,26 @@ def test_evidence_of_mixing_is_that_of_an_image_that_hears_of_others():
         found, = (f for f in diagnose(Recurrent(), x, show=False) if f.check == 'batch')
         assert found.evidence > 0.1 and found.detail.startswith(what)
 
+def test_what_had_nothing_to_go_by_is_named():
+    "Without labels, no loss was looked at; of a causal model, no positions"
+    x = bugs.images()['x']
+    assert diagnose(bugs.ViT(), x, show=False).moot == ['mask', 'loss', 'overfit']
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    report = diagnose(layer, torch.randn(4, 6, 16), mask=torch.ones(4, 6, dtype=torch.bool), show=False,
+                      skip=['loss', 'overfit'])
+    assert report.moot == ['positions'] and repr(report).endswith('not asked: positions>')
+
+def test_tensors_that_a_model_keeps_hold_what_they_held():
+    "Neither parameters nor buffers, and written in place"
+    class Counts(bugs.ViT):
+        def forward(self, x):
+            self.seen += len(x)
+            return super().forward(x)
+    model = Counts()
+    model.seen = seen = torch.tensor(3.)
+    diagnose(model, **bugs.images(), show=False)
+    assert model.seen is seen and seen == 3
+
 def test_lists_and_dicts_that_a_model_keeps_hold_what_they_held():
     class Keeps(nn.Module):
         def __init__(self):
@@ -257,8 +277,9 @@ def test_a_loss_of_logarithms(reduction):
 
 def test_skip_and_report(capsys):
     report = diagnose(bugs.ViT(attn=bugs.NotScaled), **bugs.images(), skip=['attention'])
-    assert report and 'attention' not in report.checks and len(report.checks) == len(CHECKS) - 1
-    assert capsys.readouterr().out.startswith('healthy: 0 findings')
+    assert report and 'attention' not in report.checks and report.moot == ['mask']
+    assert {'attention', *report.moot, *report.checks} == {*CHECKS}
+    assert capsys.readouterr().out == 'healthy: 0 findings in 13 checks; not asked: mask\n'
 
 # ---- whatever surrounds the call, and models of unusual make ----
 
@@ -416,7 +437,7 @@ def test_callback_beside_a_mixup(name):
     dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
     learn = Learner(dls, bugs.ViT(), CrossEntropyLossFlat(), cbs=[getattr(mixup, name)(0.2), diagnose_callback()])
     with learn.no_logging(): learn.fit(1)
-    assert worse_than_notes(learn.diagnose.report) == [] and learn.diagnose.report.checks == list(CHECKS)
+    assert worse_than_notes(learn.diagnose.report) == [] and learn.diagnose.report.moot == ['mask']
 
 # ---- what no optimizer sees ----
 

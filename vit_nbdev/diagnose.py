@@ -51,10 +51,11 @@ class Report:
     "The findings about one model, the worst first; true when none of them is more than a note"
     def __init__(self,
         findings, # list of `Finding`
-        checks    # names of the checks that were run
+        checks,   # names of the checks that were run
+        moot=()   # names of those that had nothing to go by: no labels, say, or no mask
     ):
         self.findings = sorted(findings, key=lambda f: -LEVELS.index(f.severity))
-        self.checks = list(checks)
+        self.checks, self.moot = list(checks), list(moot)
 
     def __bool__(self): return all(f.severity == 'note' for f in self.findings)
     def __iter__(self): return iter(self.findings)
@@ -62,7 +63,8 @@ class Report:
     def __repr__(self):
         verdict = 'healthy' if self else 'not healthy'
         findings = f'{len(self)} finding' + 's'*(len(self) != 1)
-        return f'<{verdict}: {findings} in {len(self.checks)} checks>'
+        moot = f"; not asked: {', '.join(self.moot)}" if self.moot else ''
+        return f'<{verdict}: {findings} in {len(self.checks)} checks{moot}>'
     def __str__(self): return '\n'.join([*map(str, self), repr(self)[1:-1]])
 
 # %% ../nbs/07_diagnose.ipynb #3a862715
@@ -155,15 +157,19 @@ def undisturbed(
 
 @contextmanager
 def _attributes_kept(model):
-    "Afterwards each module has the attributes that it had, and plain lists, dicts and sets what was in them"
+    "Afterwards each module has the attributes that it had, and tensors, plain lists, dicts and sets what was in them"
     before, torchs = [(m, dict(vars(m))) for m in model.modules()], vars(torch.nn.Module())
-    held = [(v, v.copy()) for _, attributes in before for name, v in attributes.items()
-            if name not in torchs and type(v) in (list, dict, set)]
+    own = [v for _, attributes in before for name, v in attributes.items() if name not in torchs]
+    held = [(v, v.copy()) for v in own if type(v) in (list, dict, set)]
+    numbers = [(v, v.detach().clone()) for v in own if isinstance(v, Tensor) and not v.is_inference()]
     try: yield
     finally:
         for m, attributes in before:
             vars(m).clear()
             vars(m).update(attributes)
+        with torch.no_grad():
+            for v, content in numbers:
+                if not torch.equal(v, content): v.copy_(content)
         for v, content in held:
             v.clear()
             (v.extend if type(v) is list else v.update)(content)
@@ -645,9 +651,10 @@ def _leak(p, tokens, safe, row, differ=differs):
                     'of the output that must not change does, when hidden tokens are replaced',
                     'Is the mask used (masked_fill returns a copy), before the softmax, the right way round?')]
 
-def check_mask(p: Probe) -> list[Finding]:
+def check_mask(p: Probe) -> list[Finding]|None:
     "Information from the future (`causal`), from padding, or past any mask that is given"
-    for case in _hidden(p.mask.cpu()) if p.mask is not None else ():
+    if p.mask is None: return None
+    for case in _hidden(p.mask.cpu()):
         if (found := _leak(p, *case)) and _leak(p, *case, _beyond_rounding): return found
     return []
 
@@ -1065,11 +1072,11 @@ def _counts(t):
     if t.is_floating_point() or t.ndim != 2: return False
     return bool((t == t[0]).all()) and t[0].sort().values.diff().eq(1).all().item()
 
-def check_positions(p: Probe) -> list[Finding]:
+def check_positions(p: Probe) -> list[Finding]|None:
     "Positions without effect: patches or tokens change places and nothing else happens"
     content = [t for t in p.content if not _counts(t)] or p.content
-    if p.mask is not None or not content or content[0].ndim < 2: return []
-    if torch.finfo(p.out.dtype).eps > 1e-6: return []     # half precision: rounding hides too much
+    if p.mask is not None or not content or content[0].ndim < 2: return None
+    if torch.finfo(p.out.dtype).eps > 1e-6: return None   # half precision: rounding hides too much
     x, one = content[0], sum(t.ndim == 2 and not t.is_floating_point() for t in tensors(p.x)) == 1
     usual = (p.elsewhere - p.out).abs().max().item()    # what other content does
     for move in _rearranged(x):
@@ -1120,9 +1127,9 @@ def _even(p, out, rows=slice(None)):
     even = p.loss_func(torch.full_like(out, equal), p.y[rows]).item()
     return even, even/math.log(max(c, 2))
 
-def check_loss(p: Probe) -> list[Finding]:
+def check_loss(p: Probe) -> list[Finding]|None:
     "A loss at the start that is far from that of equal probabilities, and probabilities where the loss takes logits"
-    if p.y is None or p.loss_func is None or p.y.is_floating_point(): return []
+    if p.y is None or p.loss_func is None or p.y.is_floating_point(): return None
     out, loss = _training_loss(p, p.true)
     if out.ndim < 2: return []     # no classes in it
     axis = -1 if p.y.shape == out.shape[:-1] else 1     # of the classes
@@ -1157,9 +1164,9 @@ def _descend(weights, loss, size):
 def check_overfit(
     p,       # `Probe`
     steps=120 # at most; it ends as soon as the loss is low enough
-) -> list: # of `Finding`
+) -> list|None: # of `Finding`; None without labels
     "Two examples that cannot be learnt by heart (RMSprop's direction, and steps after Polyak, 1987)"
-    if p.y is None or p.loss_func is None or not p.trained: return []
+    if p.y is None or p.loss_func is None or not p.trained: return None
     rows, losses, size = slice(0, 2), [], {}
     weights = {n: p.true[n].to(torch.promote_types(p.true[n].dtype, torch.float32), copy=True) for n in p.trained}
     for w in weights.values(): w.requires_grad_()    # single precision at least: half loses small steps
@@ -1211,13 +1218,15 @@ def diagnose(
     "Look for silent bugs in a model, leaving it as it is"
     if wrong := set(skip) - set(CHECKS):
         raise ValueError(f'skip has {sorted(wrong)}; expected names out of {list(CHECKS)}')
-    found, ran = [], [name for name in CHECKS if name not in skip]
+    found, ran, moot = [], [], []
     with _attributes_kept(model), undisturbed(model):
         p = Probe(model, x, y, loss_func, causal, mask, output)
-        for name in ran:
-            found += _tried(name, CHECKS[name], p)
+        for name in [name for name in CHECKS if name not in skip]:
+            told = _tried(name, CHECKS[name], p)
+            (moot if told is None else ran).append(name)
+            found += told or []
             if name == 'finite' and found: break   # NaN spreads: nothing else could be told
-    report = Report(found, ran[:ran.index(name) + 1] if ran else [])
+    report = Report(found, ran, moot)
     if show: print(report)
     return report
 
