@@ -658,7 +658,8 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_vit_train_in_two_processes(tmp_path):
     "One run folder, written by the first process; a batch that can't be dealt is refused"
-    code, out, err = installed('torchrun', '--standalone', '--nproc_per_node=2', '--no_python', *command('vit_train'),
+    here = ('--standalone', '--local_addr=localhost')         # the machine's own name may lead nowhere
+    code, out, err = installed('torchrun', *here, '--nproc_per_node=2', '--no_python', *command('vit_train'),
                                *flags(epochs=1, bs=64, device='cpu', out='run'), cwd=tmp_path)
     assert code == 0, err
     assert out.count('test accuracy') == 1 and 'processes: 2' in out

@@ -72,7 +72,8 @@ def test_a_run_sees_what_its_preprocessing_says(how, tmp_path, picture, monkeypa
 
 @pytest.fixture
 def compiled(monkeypatch):
-    "`Module.compile` without the minute that the compiler takes"
+    "`Module.compile` without the minute that the compiler takes, and without a C++ compiler"
+    monkeypatch.setattr('vit_nbdev.runs._check_compiler', lambda device: None)
     monkeypatch.setattr(nn.Module, 'compile', partialmethod(nn.Module.compile, backend='eager'))
     monkeypatch.setenv('TORCHDYNAMO_DISABLE', '0')
 

@@ -1,5 +1,5 @@
 """Each notebook is a test: it runs from top to bottom, and its assertions hold."""
-import json, re, symtable
+import ast, json, re, symtable
 from pathlib import Path
 
 import pytest
@@ -27,11 +27,20 @@ def test_stored_outputs(path):
     assert outputs, f'{path.name} is stored without outputs: run tools/run_notebooks.py'
     assert not [o for o in outputs if o['output_type'] == 'error']
 
+class Generators(ast.NodeTransformer):
+    "Comprehensions as generators: from Python 3.12 on the names in a comprehension count as those of its cell"
+    def visit_ListComp(self, node):
+        self.generic_visit(node)
+        elt = node.elt if hasattr(node, 'elt') else ast.Tuple([node.key, node.value], ast.Load())
+        return ast.GeneratorExp(elt, node.generators)
+    visit_SetComp = visit_DictComp = visit_ListComp
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
 def test_slow_cells_leave_names_alone(path):
     "A cell that isn't slow reads what it would read without the slow cells before it: the tests run it without them"
     def names(source):
-        tables = [top := symtable.symtable(re.sub(r'(?m)^[!%].*', '', source), path.name, 'exec')]
+        tree = Generators().visit(ast.parse(re.sub(r'(?m)^[!%].*', '', source)))
+        tables = [top := symtable.symtable(ast.unparse(tree), path.name, 'exec')]
         for t in tables: tables += t.get_children()
         read = {s.get_name() for t in tables for s in t.get_symbols()
                 if s.is_referenced() and (t is top or s.is_global())}
