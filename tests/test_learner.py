@@ -500,7 +500,7 @@ class Worse(Callback):
     order = Recorder.order + 1
     def after_epoch(self):
         scores = [(0.3, 0.1), (0.9, 0.8), (0.8, 0.2), (0.2, 0.3), (0.5, 0.5), (0.6, 0.4)]
-        self.recorder.values[-1][1:] = scores[self.epoch]
+        for i, score in enumerate(scores[self.epoch], 1): self.recorder.values[-1][i] = score
 
 @pytest.mark.parametrize('epoch', [1, 2, 3])
 def test_trackers_remember_what_they_saw(epoch, some_digits, tmp_path):
@@ -573,7 +573,9 @@ def perplexity(pred, y): return pred.mean()
 class Rows(Callback):
     "Three epochs with a loss and a metric of our choice"
     order = Recorder.order + 1
-    def after_epoch(self): self.recorder.values[-1][1:] = [(0.3, 0.5), (0.9, 0.1), (0.2, 0.4)][self.epoch]
+    def after_epoch(self):
+        row = self.recorder.values[-1]
+        row[1], row[2] = [(0.3, 0.5), (0.9, 0.1), (0.2, 0.4)][self.epoch]
 
 @pytest.mark.parametrize('metric, options, best', [
     (accuracy, {}, 0), (accuracy, dict(monitor='valid_loss'), 2), (accuracy, dict(comp=np.less), 1),

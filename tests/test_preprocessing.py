@@ -250,6 +250,8 @@ def test_contradictions_and_gaps():
     with pytest.raises(ValueError, match='preprocessor_config.json neither resizes nor crops'):
         transformers_preprocessing(dict(do_resize=False))
     with pytest.raises(ValueError, match='resample=5 must be one of'): transformers_preprocessing(dict(resample=5))
+    with pytest.raises(ValueError, match='image_mean=.1, 2, 3, 4. and image_std=.0.5, 0.5, 0.5. must be of one length'):
+        transformers_preprocessing(dict(image_mean=[1, 2, 3, 4], image_std=HALF))
     with pytest.raises(ValueError, match='is list, expected a dict'): Preprocessing.from_dict([1], 'a.json')
 
 def test_runs_of_before_still_read():

@@ -81,6 +81,7 @@ def test_timm(name, dtype, tol):
 @both
 @pytest.mark.parametrize('name', [name for name in TIMM if name != 'no positions'])
 def test_timm_at_another_resolution(name, dtype, tol):
+    pytest.importorskip('timm', reason='needs timm, with which the results are compared')
     from timm.models.vision_transformer import checkpoint_filter_fn
     small = timm_model(name).state_dict()
     theirs = timm_model(name, img_size=(48, 64))

@@ -225,7 +225,7 @@ def test_the_weights_are_those_of_the_callback_that_comes_last(tmp_path, few_dig
         order = 55
         def after_epoch(self):
             row = self.recorder.values[-1]
-            if len(row) == 3: row[1:] = [[1., .3], [2., .9], [3., .6]][self.epoch]
+            if len(row) == 3: row[1], row[2] = [[1., .3], [2., .9], [3., .6]][self.epoch]
     dls = digits_dls(device='cpu')
     learn = vit_learner(dls, vit('digits', depth=1), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=[KeepBest(), SaveModelCallback(), Losses()])

@@ -650,6 +650,7 @@ NEEDED = ('import os', 'pixels =', 'class Block', 'class SimpleViT', 'data = loa
 @pytest.mark.parametrize('number', [1, 2, 3])
 def test_exercise(number):
     "The check fails on the stub, with a hint, and passes on the solution that is printed below it"
+    pytest.importorskip('IPython', reason='needs IPython, with which the chapter shows its pictures')
     cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
     sources = [''.join(cell['source']) for cell in cells]
     names = {}
