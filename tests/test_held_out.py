@@ -98,7 +98,9 @@ DRAWN = 'fused attention drops at inference', 'dropout made in forward'   # what
 @pytest.mark.parametrize('bug', bugs.CATALOGUE, ids=lambda b: b.name)
 def test_the_written_verdict_is_reproduced_and_the_corrected_model_is_healthy(bug, table):
     now, then = result(bug), table[bug.name]
-    if bug.name in DRAWN: now, then = ({**r, 'alarms': r['alarms'][:1]} for r in (now, then))
+    if bug.name in DRAWN:
+        assert set(now['alarms']) <= set(then['alarms'])
+        now, then = ({**r, 'alarms': r['alarms'][:1]} for r in (now, then))
     assert now == then, 'the detector sees it differently now: if for the better, write the table again'
     assert now['false_alarms'] == []
 

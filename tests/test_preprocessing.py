@@ -250,8 +250,9 @@ def test_contradictions_and_gaps():
     with pytest.raises(ValueError, match='preprocessor_config.json neither resizes nor crops'):
         transformers_preprocessing(dict(do_resize=False))
     with pytest.raises(ValueError, match='resample=5 must be one of'): transformers_preprocessing(dict(resample=5))
-    with pytest.raises(ValueError, match='image_mean=.1, 2, 3, 4. and image_std=.0.5, 0.5, 0.5. must be of one length'):
-        transformers_preprocessing(dict(image_mean=[1, 2, 3, 4], image_std=HALF))
+    for mean, std in (([1, 2, 3, 4], HALF), (HALF, True), (True, HALF), ('a', HALF), (HALF, {})):
+        with pytest.raises(ValueError, match='image_mean=.* and image_std=.* must be numbers, or lists of one length'):
+            transformers_preprocessing(dict(image_mean=mean, image_std=std))
     with pytest.raises(ValueError, match='is list, expected a dict'): Preprocessing.from_dict([1], 'a.json')
 
 def test_runs_of_before_still_read():

@@ -1157,9 +1157,10 @@ def _descend(weights, loss, size):
         size[w] = .9*size.get(w, 0) + .1*g.pow(2)
         ways.append(g/(size[w].sqrt() + 1e-8))
         slope += (g*ways[-1]).sum().item()
-    if not slope: return False          # no gradient, or one so small that its square is zero
+    step = .25*loss.item()/slope if slope else math.inf
+    if abs(step) > torch.finfo(torch.float32).max: return False     # no gradient, or one too faint for any step
     with torch.no_grad():
-        for (w, _), way in zip(pairs, ways): w.sub_(way, alpha=.25*loss.item()/slope)
+        for (w, _), way in zip(pairs, ways): w.sub_(way, alpha=step)
     return True
 
 def check_overfit(

@@ -40,14 +40,17 @@ class Deployed(nn.Module):
 
 # %% ../nbs/09a_export.ipynb #7b45fe15
 _ONE_FILE = 1536*2**20          # bytes, from which on torch puts the weights beside the .onnx file
-_BATCHES = ({0: torch.export.Dim('batch', max=2**31 - 1)},)     # without a bound torch 2.6 refuses the model
+
+def _batches():                 # not at import, which would take sympy along
+    "Batches of any size; without a bound torch 2.6 refuses the model"
+    return ({0: torch.export.Dim('batch', max=2**31 - 1)},)
 
 def _write_onnx(deployed, example, file):
     "Write `deployed` as ONNX, with names of the classes and preprocessing in its metadata"
     try: import onnx, onnxscript   # noqa: F401  torch needs both
     except ImportError as e:
         raise ImportError(f"writing ONNX needs {e.name}: pip install 'vit_nbdev[onnx]'") from None
-    program = torch.onnx.export(deployed, (example,), dynamo=True, dynamic_shapes=_BATCHES, verbose=False,
+    program = torch.onnx.export(deployed, (example,), dynamo=True, dynamic_shapes=_batches(), verbose=False,
                                 input_names=['pixels'], output_names=deployed.outputs)
     prep = deployed.preprocessing
     program.model.metadata_props.update(preprocessing=json.dumps(prep.to_dict()), labels=json.dumps(list(prep.labels)))
@@ -64,7 +67,7 @@ def _run_onnx(file):
 # %% ../nbs/09a_export.ipynb #c2ab83de
 def _write_pt2(deployed, example, file):
     "Write `deployed` in the format of `torch.export`"
-    program = torch.export.export(deployed, (example,), dynamic_shapes=_BATCHES)
+    program = torch.export.export(deployed, (example,), dynamic_shapes=_batches())
     prep = deployed.preprocessing
     extra = {'preprocessing.json': json.dumps(prep.to_dict()), 'labels.json': json.dumps(list(prep.labels))}
     buffer = io.BytesIO()               # of a full disk torch says otherwise

@@ -381,7 +381,8 @@ def transformers_preprocessing(
     if p.get('do_pad'): raise ValueError(f"{where}: do_pad is not supported")
     mean, std = (p['image_mean'], p['image_std']) if p.get('do_normalize', True) else (0., 1.)
     mean, std = ([x]*3 if _is_number(x) else x for x in (mean, std))
-    if len(mean) != len(std): raise ValueError(f"{where}: image_mean={mean} and image_std={std} must be of one length")
+    if not all(isinstance(v, (list, tuple)) for v in (mean, std)) or len(mean) != len(std):
+        raise ValueError(f"{where}: image_mean={mean!r} and image_std={std!r} must be numbers, or lists of one length")
     scale = p.get('rescale_factor', 1/255) if p.get('do_rescale', True) else 1.
     return Preprocessing.from_dict(how | dict(mean=mean, std=std, scale=scale, backend='torch', in_chans=len(mean),
                                               interpolation=RESAMPLE[p['resample']]), where)
