@@ -82,7 +82,7 @@ def beside(recipe):
             'mnist': [('baselines', f'mnist, {machine}'), ('record', 'record, deeper stem, no block')]}
     rows |= {data: [('other', f'{data}, {method}') for method in (machine, 'CNN')]
              for data in ('fashion_mnist', 'cifar10')}
-    rows['fashion_mnist'] += [('other', 'fashion_mnist, no block')]
+    for data in ('fashion_mnist', 'cifar10'): rows[data] += [('other', f'{data}, no block')]
     rows |= dict.fromkeys(('folder', 'photos', 'finetune', 'probe'),
                           [('few', 'support vector machine on pixels, 100'), ('few', 'CNN, 100, 32 epochs')])
     ledgers, parts = dict(baselines=study('baselines'), other=cheap, few=small), []

@@ -215,7 +215,7 @@ def baselines(
     x_test, y_test,    # and those to be tested on
     names=None,        # some of the methods; default all
 ) -> pd.DataFrame:     # accuracy in %, and seconds of fitting and predicting, a row a method
-    "What methods without a network reach on the same images, with scikit-learn's default settings"
+    "What methods without a network reach on the same images: scikit-learn's defaults, one neighbour, 1,000 iterations"
     from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

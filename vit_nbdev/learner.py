@@ -716,7 +716,8 @@ RECIPES = {
                             changes=_DEEP | dict(dim=128, n_heads=4),
                             measured='82.67 ± 0.44 % (5 seeds; JPEG images), 30 min on one CPU core; '
                                      'beside it a support vector machine 47.37 % (10,000 of the images), a small CNN '
-                                     '72.18 ± 0.37 % (9 % of the parameters, ten epochs)'),
+                                     '72.18 ± 0.37 % (9 % of the parameters, ten epochs), the same without blocks '
+                                     '82.45 ± 0.24 % (54 % of the parameters)'),
     # recipes for a folder: measured with photographs of CIFAR-10, 100 of each class
     'folder':        Recipe('folder',        'cifar',  epochs=40,  bs=32,  lr=2e-3, keep_best=True,
                             augment=dict(pad_mode='reflection'), changes=_DEEP | dict(dim=128, n_heads=4),
